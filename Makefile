@@ -1,0 +1,69 @@
+# Sluice: `make` explains the targets. Every one but clean prepares .venv first.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test test-full check format bench protos lock dist clean
+SHELL := /bin/bash
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+help: ## Explain the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with what requirements/ pins (once; quick afterwards)
+
+$(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Sluice needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv here: on Debian, apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing what requirements/lock.txt pins into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --quiet -r requirements/lock.txt
+	@$(BIN)/python requirements/has_torch.py || $(PIP) install --quiet -r requirements/torch.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) check
+	@touch $@
+
+demo: setup ## Train, serve and classify real digits; ends by itself (SLUICE_DATA=FOLDER: full MNIST from there)
+	@$(BIN)/sluice demo
+
+up: setup ## Start Triton, streamer and gateway; Ctrl-C stops all of it
+	@$(BIN)/sluice up
+
+test: setup ## The tests CI runs, with a real Triton; less than 10 minutes
+	$(BIN)/pytest -m "not slow"
+
+test-full: setup ## All tests, with the long fault and soak runs
+	$(BIN)/pytest
+
+check: setup ## Lint, format, types, import directions
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## Apply the formatter and the linter's own fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## Measure streamer and gateway; writes benchmarks/results/
+	$(BIN)/python -m benchmarks
+
+protos: setup ## Compile protos/**/*.proto again
+	$(BIN)/python -m protos.generate
+
+lock: setup ## Choose the versions in requirements/lock.txt anew
+	$(PIP) install --quiet pip-tools
+	$(BIN)/pip-compile --quiet --upgrade --strip-extras --extra dev --allow-unsafe --all-build-deps \
+	  --unsafe-package torch --unsafe-package pip -c requirements/constraints.txt -c requirements/torch.txt \
+	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/lock.txt pyproject.toml
+	sed -i -e '/^sluice @/d' -e '/considered to be unsafe/,$$d' requirements/lock.txt
+
+dist: ## Pack the committed sources into dist/sluice-VERSION.tar.gz
+	@mkdir -p dist
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1); \
+	  git archive --format=tar.gz --prefix=sluice-$$version/ -o dist/sluice-$$version.tar.gz HEAD && ls -sh dist/sluice-$$version.tar.gz
+
+clean: ## Remove .venv and everything made by building and testing; keeps models, runs and the cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What every gRPC process here needs around its servicer; no knowledge of inference or samples."""

@@ -1,0 +1,89 @@
+"""The guard around every RPC, on a real server with raw-bytes methods."""
+
+from __future__ import annotations  # grpc's classes are generic in their stubs alone
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from rpc.interceptor import Guard
+
+SECRET = "the password is 1234"
+
+
+def unary(channel: grpc.aio.Channel, method: str) -> grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]:
+    return channel.unary_unary(f"/Test/{method}")
+
+
+async def _fail(request: bytes, context: object) -> bytes:
+    raise ValueError(SECRET)
+
+
+async def _fail_midway(request: bytes, context: object) -> AsyncIterator[bytes]:
+    yield b"one"
+    raise ValueError(SECRET)
+
+
+async def _abort(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    await context.abort(grpc.StatusCode.NOT_FOUND, "no such thing")
+
+
+async def _echo(request: bytes, context: object) -> bytes:
+    return request
+
+
+@pytest.fixture
+async def channel() -> AsyncIterator[grpc.aio.Channel]:
+    server = grpc.aio.server(interceptors=[Guard()])
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Fail": grpc.unary_unary_rpc_method_handler(_fail),
+        "FailMidway": grpc.unary_stream_rpc_method_handler(_fail_midway),
+        "Abort": grpc.unary_unary_rpc_method_handler(_abort),
+        "Echo": grpc.unary_unary_rpc_method_handler(_echo),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("Test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+async def test_unexpected_exception_reaches_the_log_and_not_the_caller(channel: grpc.aio.Channel) -> None:
+    with capture_logs() as logs, pytest.raises(grpc.aio.AioRpcError) as caught:
+        await unary(channel, "Fail")(b"")
+
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert SECRET not in str(caught.value.details())
+    (record,) = [entry for entry in logs if entry["event"] == "rpc failed"]
+    assert record["incident"] in str(caught.value.details())
+
+
+async def test_exception_in_the_middle_of_a_stream_is_neutral_too(channel: grpc.aio.Channel) -> None:
+    method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream("/Test/FailMidway")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [message async for message in method(b"")]
+
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    assert SECRET not in str(caught.value.details())
+
+
+async def test_status_chosen_by_the_handler_passes(channel: grpc.aio.Channel) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await unary(channel, "Abort")(b"")
+
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.NOT_FOUND, "no such thing")
+
+
+@pytest.mark.parametrize(("method", "code"), [("Echo", "OK"), ("Abort", "NOT_FOUND"), ("Fail", "INTERNAL")])
+async def test_each_call_is_one_line_with_its_code(channel: grpc.aio.Channel, method: str, code: str) -> None:
+    with capture_logs() as logs:
+        call = unary(channel, method)(b"")
+        await asyncio.wait({asyncio.ensure_future(call.code())})
+
+    assert [(entry["method"], entry["code"]) for entry in logs if entry["event"] == "rpc"] == [
+        (f"/Test/{method}", code)
+    ]

@@ -1,0 +1,76 @@
+from __future__ import annotations  # grpc's classes are generic in their stubs alone
+
+import asyncio
+import os
+import signal
+
+import grpc
+import pytest
+
+from rpc.lifecycle import PortTakenError, bind, run_until_signalled
+
+
+class Slow:
+    """A method that answers when it is told to."""
+
+    def __init__(self) -> None:
+        self.entered = asyncio.Event()
+        self.answer = asyncio.Event()
+
+    async def respond(self, request: bytes, context: object) -> bytes:
+        self.entered.set()
+        await self.answer.wait()
+        return b"done"
+
+
+async def _serve(slow: Slow) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server()
+    handler = grpc.method_handlers_generic_handler("Test", {"Slow": grpc.unary_unary_rpc_method_handler(slow.respond)})
+    server.add_generic_rpc_handlers((handler,))
+    port = bind(server, "127.0.0.1", 0, option="--port")
+    await server.start()
+    return server, port
+
+
+async def test_call_in_flight_finishes_after_the_first_signal() -> None:
+    slow, drained = Slow(), asyncio.Event()
+    server, port = await _serve(slow)
+    running = asyncio.create_task(run_until_signalled(server, grace_seconds=30, on_drain=drained.set))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Test/Slow")
+        call = method(b"")
+        await slow.entered.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await drained.wait()
+        slow.answer.set()
+
+        assert await call == b"done"
+        await running
+
+
+async def test_second_signal_ends_at_once() -> None:
+    slow, drained = Slow(), asyncio.Event()
+    server, port = await _serve(slow)
+    running = asyncio.create_task(run_until_signalled(server, grace_seconds=1000, on_drain=drained.set))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Test/Slow")
+        call = method(b"")
+        await slow.entered.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await drained.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await running
+
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call
+
+
+async def test_taken_port_is_named_with_the_option() -> None:
+    server, port = await _serve(Slow())
+    other = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    try:
+        with pytest.raises(PortTakenError, match=rf"127.0.0.1:{port}.*--port or SLUICE_PORT"):
+            bind(other, "127.0.0.1", port, option="--port or SLUICE_PORT")
+    finally:
+        await other.stop(0)
+        await server.stop(0)
