@@ -1,0 +1,1 @@
+"""ImageService, the asyncio front of Triton: raw images in, classes with probabilities out."""

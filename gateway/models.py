@@ -1,0 +1,243 @@
+"""Which models and versions can be asked for now, and what their cards say about them."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal, Protocol
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.errors import GatewayError, UnknownModelError, UnknownVersionError, UpstreamUnavailableError
+
+log = structlog.get_logger(__name__)
+
+_TRAIN = "train one with `sluice train`"
+
+
+class DatasetCard(BaseModel):
+    """What a version was trained on."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str = ""
+    num_train: int = 0
+    """Samples in the training split."""
+    fingerprint: str = ""
+    """Hex digest of the data."""
+
+
+class Card(BaseModel):
+    """``card.json`` of one version: what Triton cannot tell. Everything has a default; unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    schema_number: int = Field(1, alias="schema")
+    model: str = ""
+    version: int = 0
+    created: datetime | None = None
+    class_names: tuple[str, ...] = ()
+    """By class index; empty: the index as text."""
+    image_shape: tuple[int, ...] = (28, 28)
+    """Height and width, in pixels."""
+    polarity: Literal["auto", "light_on_dark", "dark_on_light"] = "auto"
+    """What a request that leaves it open gets."""
+    framing: Literal["auto", "center", "stretch"] = "auto"
+    """What a request that leaves it open gets."""
+    device: str = "any"
+    precision: str = "float32"
+    digest: str = ""
+    """``sha256:...`` of the weights."""
+    metrics: Mapping[str, float] = {}
+    dataset: DatasetCard = DatasetCard()
+
+
+class LoadedVersion(Protocol):
+    """What the catalog has to know of a version that Triton has ready."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def version(self) -> int: ...  # noqa: D102
+    @property
+    def num_classes(self) -> int: ...  # noqa: D102
+    @property
+    def max_batch_size(self) -> int: ...  # noqa: D102
+
+
+class Source(Protocol):
+    """Who knows what is ready: the Triton adapter."""
+
+    async def ready_versions(self) -> Sequence[LoadedVersion]:
+        """
+        Return every ready version that keeps the gateway's contract.
+
+        Raises:
+            UpstreamError: It could not be found out.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedVersion:
+    """One version of a model that answers now."""
+
+    name: str
+    version: int
+    class_names: tuple[str, ...]
+    """By class index, as many as there are classes."""
+    max_batch_size: int
+    """Most images Triton takes in one request."""
+    card: Card
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model and its versions that answer now."""
+
+    name: str
+    versions: tuple[ServedVersion, ...]
+    """Highest first; never empty."""
+    is_default: bool
+
+    @property
+    def default(self) -> ServedVersion:
+        """What a request without a version gets: the highest."""
+        return self.versions[0]
+
+
+class Catalog:
+    """
+    Every model and version that can be asked for, as of the last refresh.
+
+    Args:
+        source: Asked at every refresh.
+        repository: Holds ``<model>/<version>/card.json``; only read.
+        default_model: What a request without a name gets.
+    """
+
+    def __init__(self, source: Source, *, repository: Path, default_model: str) -> None:
+        self._source = source
+        self._repository = repository
+        self._default_model = default_model
+        self._models: dict[str, ServedModel] = {}
+        self._complaints: set[str] = set()
+        self._refreshing: asyncio.Task[None] | None = None
+
+    @property
+    def default_model(self) -> str:
+        """Name of the default model, loaded or not."""
+        return self._default_model
+
+    async def refresh(self) -> None:
+        """
+        Learn anew what is ready. Calls at the same time share one refresh, which a cancelled caller does not end.
+
+        Raises:
+            UpstreamError: It could not be found out; the last answer stays.
+        """
+        if self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._refresh())
+            self._refreshing.add_done_callback(self._forget)
+        await asyncio.shield(self._refreshing)
+
+    async def find(self, name: str, version: int) -> ServedVersion:
+        """
+        Return the version a request asks for, with a look at what was loaded just now where it is not known yet.
+
+        Args:
+            name: Empty for the default model.
+            version: 0 for the default version.
+
+        Raises:
+            UnknownModelError: No such model is loaded.
+            UnknownVersionError: The model has no such version.
+            UpstreamUnavailableError: Triton does not answer, or the default model is wanted and not loaded yet.
+        """
+        try:
+            return self.known(name, version)
+        except GatewayError:
+            await self.refresh()
+            return self.known(name, version)
+
+    def known(self, name: str, version: int) -> ServedVersion:
+        """Return what :meth:`find` does, as of the last refresh and without another; raises the same."""
+        model = self._models.get(name or self._default_model)
+        if model is None:
+            raise self._unknown_model(name)
+        if version == 0:
+            return model.default
+        for served in model.versions:
+            if served.version == version:
+                return served
+        there = ", ".join(str(served.version) for served in model.versions)
+        raise UnknownVersionError(f"model_version: {model.name} has no version {version}; served are {there}")
+
+    def listing(self) -> list[ServedModel]:
+        """Return what can be asked for, by name."""
+        return [self._models[name] for name in sorted(self._models)]
+
+    def _unknown_model(self, name: str) -> GatewayError:
+        if not name and not self._models:
+            return UpstreamUnavailableError(f"no model is loaded yet; {_TRAIN}")
+        if not name:
+            return UpstreamUnavailableError(
+                f"the default model {self._default_model} is not loaded; loaded are {', '.join(sorted(self._models))}"
+            )
+        known = f"loaded are {', '.join(sorted(self._models))}" if self._models else f"none is loaded; {_TRAIN}"
+        return UnknownModelError(f"model: no model {name[:64]!a}; {known}")
+
+    async def _refresh(self) -> None:
+        loaded = await self._source.ready_versions()
+        cards = await asyncio.to_thread(
+            lambda: [_read_card(self._repository, version.name, version.version) for version in loaded]
+        )
+        complaints: set[str] = set()
+        versions: dict[str, list[ServedVersion]] = {}
+        for one, card in zip(loaded, cards, strict=True):
+            if isinstance(card, str):
+                complaints.add(card)
+                card = Card()
+            if card.class_names and len(card.class_names) != one.num_classes:
+                complaints.add(
+                    f"card of {one.name} version {one.version}: {len(card.class_names)} class names for "
+                    f"{one.num_classes} classes"
+                )
+            versions.setdefault(one.name, []).append(_served(one, card))
+        # Once, and not at every refresh.
+        for complaint in complaints - self._complaints:
+            log.warning("card ignored", reason=complaint)
+        self._complaints = complaints
+        self._models = {
+            name: ServedModel(name, tuple(sorted(ones, key=lambda one: -one.version)), name == self._default_model)
+            for name, ones in versions.items()
+        }
+
+    def _forget(self, refreshing: asyncio.Task[None]) -> None:
+        self._refreshing = None
+        # Marks the error as seen: every caller who wanted it may have gone.
+        if not refreshing.cancelled():
+            refreshing.exception()
+
+
+def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
+    names = card.class_names
+    if len(names) != loaded.num_classes:
+        names = tuple(str(index) for index in range(loaded.num_classes))
+    return ServedVersion(loaded.name, loaded.version, names, loaded.max_batch_size, card)
+
+
+def _read_card(repository: Path, name: str, version: int) -> Card | str:
+    """Return the card, an empty one where there is none, or what is wrong with it."""
+    path = repository / name / str(version) / "card.json"
+    try:
+        return Card.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return Card()
+    except OSError as error:
+        return str(error)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        return f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"

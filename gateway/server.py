@@ -1,0 +1,154 @@
+"""Builds the gateway from its parts and runs it until it is signalled."""
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from PIL import Image
+
+from gateway.admission import Admission
+from gateway.images import Limits
+from gateway.models import Catalog
+from gateway.probe import Probe
+from gateway.servicer import ImageServicer
+from gateway.settings import GatewaySettings
+from gateway.triton import Triton
+from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
+from rpc.health import Health
+from rpc.interceptor import Guard
+from rpc.lifecycle import bind, run_until_signalled
+
+SERVICE = image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
+"""Name of the service in health checks and reflection."""
+
+# Health checks and watches beside the calls that admission counts.
+_SPARE_RPCS = 256
+# For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
+_LEFT_CALLS_SECONDS = 2.0
+
+
+class GatewayServer:
+    """
+    One gateway process' worth of objects: ``async with GatewayServer(settings) as gateway: gateway.address``.
+
+    Leaving the block drains: health says NOT_SERVING, new calls are refused, those in flight may take
+    ``drain_seconds``. Being ready is not waited for; health tells it.
+
+    Attributes:
+        address: ``host:port`` that it listens on.
+        grpc_server: The started server.
+    """
+
+    address: str
+    grpc_server: grpc.aio.Server
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._health = Health(["", SERVICE])
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        """
+        Listen.
+
+        Raises:
+            PortTakenError: The address cannot be bound.
+        """
+        async with AsyncExitStack() as stack:
+            await self._start(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.drain()
+        await self._stack.aclose()
+
+    def drain(self) -> None:
+        """Report NOT_SERVING from now on; calls are still taken."""
+        self._health.drain()
+
+    async def _start(self, stack: AsyncExitStack) -> None:
+        settings = self._settings
+        # Above its own limit, far beyond ours, Pillow only warns.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+        server = grpc.aio.server(
+            interceptors=(Guard(),),
+            options=_options(settings),
+            maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
+        )
+        port = bind(server, settings.host, settings.port, option="--port or SLUICE_GATEWAY_PORT")
+        self.address = f"[{settings.host}]:{port}" if ":" in settings.host else f"{settings.host}:{port}"
+        self.grpc_server = server
+
+        # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel.
+        triton = Triton(settings.triton, control_timeout_seconds=settings.probe_timeout_seconds)
+        stack.push_async_callback(triton.close, min(settings.drain_seconds, _LEFT_CALLS_SECONDS))
+        decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
+        catalog = Catalog(triton, repository=settings.model_repository, default_model=settings.default_model)
+        probe = Probe(
+            catalog,
+            triton,
+            self._health,
+            interval_seconds=settings.probe_interval_seconds,
+            timeout_seconds=settings.probe_timeout_seconds,
+        )
+        stack.push_async_callback(probe.stop)
+        servicer = ImageServicer(
+            catalog=catalog,
+            admission=Admission(settings.max_in_flight),
+            triton=triton,
+            decoders=decoders,
+            limits=Limits(settings.max_image_bytes, settings.max_pixels),
+            max_batch_images=settings.max_batch_images,
+            upstream_timeout_seconds=settings.upstream_timeout_seconds,
+            on_upstream_error=probe.hasten,
+        )
+        image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+
+        stack.push_async_callback(server.stop, settings.drain_seconds)
+        await server.start()
+        probe.start()
+
+
+async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """
+    Run a gateway until SIGTERM or SIGINT; a second signal ends it without waiting for calls in flight.
+
+    Args:
+        settings: All of them.
+        on_ready: Called with ``host:port`` once it listens, which is before the first inference has worked.
+
+    Raises:
+        PortTakenError: The address cannot be bound.
+    """
+    async with GatewayServer(settings) as gateway:
+        if on_ready is not None:
+            on_ready(gateway.address)
+        await run_until_signalled(gateway.grpc_server, grace_seconds=settings.drain_seconds, on_drain=gateway.drain)
+
+
+def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
+    return [
+        # Two gateways on one port would share its callers unnoticed.
+        ("grpc.so_reuseport", 0),
+        # Limits
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.server_handshake_timeout_ms", 5_000),
+        # Peers that are gone without a word are noticed; peers that check on us themselves are welcome.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

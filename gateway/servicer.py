@@ -1,0 +1,335 @@
+"""Each RPC of ImageService: check the request, call inward, answer; and the gRPC status of every error."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial, wraps
+from itertools import chain
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+
+from gateway.admission import Admission, Slot
+from gateway.errors import (
+    GatewayError,
+    InvalidImageError,
+    InvalidRequestError,
+    OverloadedError,
+    UnknownModelError,
+    UnknownVersionError,
+    UpstreamContractError,
+    UpstreamError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
+    UpstreamUnavailableError,
+)
+from gateway.images import Framing, Limits, Picture, Pixels, Polarity, open_encoded, open_raw
+from gateway.models import Card, Catalog, ServedVersion
+from gateway.triton import Probabilities, Triton, answer
+from protos.gateway.v1 import image_service_pb2 as pb
+from protos.gateway.v1 import image_service_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+Result = TypeVar("Result")
+
+REASON_KEY = "sluice-reason"
+"""Trailing metadata that names the error's class, so that a client need not read its text."""
+
+_STATUS: dict[type[GatewayError], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnknownModelError: grpc.StatusCode.NOT_FOUND,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    UpstreamUnavailableError: grpc.StatusCode.UNAVAILABLE,
+    UpstreamTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UpstreamFailedError: grpc.StatusCode.INTERNAL,
+    UpstreamContractError: grpc.StatusCode.INTERNAL,
+}
+
+_POLARITIES: dict[int, Polarity] = {
+    pb.POLARITY_LIGHT_ON_DARK: "light_on_dark",
+    pb.POLARITY_DARK_ON_LIGHT: "dark_on_light",
+}
+_FRAMINGS: dict[int, Framing] = {pb.FRAMING_CENTER: "center", pb.FRAMING_STRETCH: "stretch"}
+
+# Below both, decoding takes less than the hop to a thread and back, about 0.1 ms.
+_INLINE_BYTES = 64 * 1024
+_INLINE_PIXELS = 128 * 128
+# Images of a batch that share one hop.
+_CHUNK = 32
+
+_NOT_HERE = "not served by this version; Classify, ClassifyBatch and ListModels are"
+
+
+def _answering(
+    method: Callable[[Any, Request, Context], Awaitable[Response]],
+) -> Callable[[Any, Request, Context], Awaitable[Response]]:
+    @wraps(method)
+    async def answered(self: Any, request: Request, context: Context) -> Response:
+        try:
+            return await method(self, request, context)
+        except GatewayError as error:
+            await _abort(context, error)
+
+    return answered
+
+
+class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
+    """
+    ImageService on one event loop.
+
+    Args:
+        catalog: What can be asked for.
+        admission: How much at once.
+        triton: Where inferences go.
+        decoders: Runs what takes longer than the event loop should be held up.
+        limits: Of one image.
+        max_batch_images: Of one ClassifyBatch.
+        upstream_timeout_seconds: Longest wait for an inference, whatever the caller's deadline.
+        on_upstream_error: Called when an inference failed, so that readiness is looked at again.
+    """
+
+    def __init__(
+        self,
+        *,
+        catalog: Catalog,
+        admission: Admission,
+        triton: Triton,
+        decoders: Executor,
+        limits: Limits,
+        max_batch_images: int,
+        upstream_timeout_seconds: float,
+        on_upstream_error: Callable[[], None],
+    ) -> None:
+        self._catalog = catalog
+        self._admission = admission
+        self._triton = triton
+        self._decoders = decoders
+        self._limits = limits
+        self._max_batch_images = max_batch_images
+        self._upstream_timeout_seconds = upstream_timeout_seconds
+        self._on_upstream_error = on_upstream_error
+
+    @_answering
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        """Classify one image."""
+        if not request.HasField("image"):
+            raise InvalidRequestError("image", "missing; give encoded or raw")
+        model = await self._find(request)
+        num_top = _num_top(request, model)
+        with self._admission.enter(1) as slot:
+            try:
+                pixels = await self._read(request.image, model.card)
+            except InvalidImageError as error:
+                raise error.within("image") from error
+            rows = await self._infer(model, pixels[np.newaxis], slot, request, context)
+        top = _top(rows, num_top, model)[0]
+        return pb.ClassifyResponse(prediction=top[0], top=top, model=model.name, model_version=model.version)
+
+    @_answering
+    async def ClassifyBatch(self, request: pb.ClassifyBatchRequest, context: Context) -> pb.ClassifyBatchResponse:
+        """Classify many images; one that cannot be read fails alone."""
+        if not 1 <= len(request.images) <= self._max_batch_images:
+            raise InvalidRequestError(
+                "images", f"{len(request.images)} images; allowed are 1..{self._max_batch_images}"
+            )
+        model = await self._find(request)
+        num_top = _num_top(request, model)
+        with self._admission.enter(len(request.images)) as slot:
+            read = await self._read_all(request.images, model.card)
+            good = [one for one in read if not isinstance(one, InvalidImageError)]
+            tops: list[list[pb.Prediction]] = []
+            if good:
+                tops = _top(await self._infer(model, np.stack(good), slot, request, context), num_top, model)
+        answers = iter(tops)
+        results = [
+            _failure(one.within(f"images[{index}]")) if isinstance(one, InvalidImageError) else _success(next(answers))
+            for index, one in enumerate(read)
+        ]
+        return pb.ClassifyBatchResponse(results=results, model=model.name, model_version=model.version)
+
+    @_answering
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        """List what answers now, as Triton says at this moment."""
+        await self._catalog.refresh()
+        return pb.ListModelsResponse(
+            models=[
+                pb.Model(
+                    name=model.name,
+                    versions=[one.version for one in model.versions],
+                    default_version=model.default.version,
+                    class_names=model.default.class_names,
+                    is_default=model.is_default,
+                )
+                for model in self._catalog.listing()
+            ]
+        )
+
+    async def ClassifyStream(
+        self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Context
+    ) -> AsyncIterator[pb.ClassifyStreamResponse]:
+        """Answer UNIMPLEMENTED."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"ClassifyStream is {_NOT_HERE}")
+        yield
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Answer UNIMPLEMENTED."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"Embed is {_NOT_HERE}")
+
+    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
+        """Answer UNIMPLEMENTED."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"Compare is {_NOT_HERE}")
+
+    async def _find(self, request: pb.ClassifyRequest | pb.ClassifyBatchRequest) -> ServedVersion:
+        if request.model_version < 0:
+            raise InvalidRequestError(
+                "model_version", f"{request.model_version}; allowed are 0 for the default, or a served version"
+            )
+        return await self._catalog.find(request.model, request.model_version)
+
+    async def _infer(
+        self,
+        model: ServedVersion,
+        images: NDArray[np.uint8],
+        slot: Slot,
+        request: pb.ClassifyRequest | pb.ClassifyBatchRequest,
+        context: Context,
+    ) -> Probabilities:
+        """Infer within the caller's time; a call that is left behind keeps its place in admission to its end."""
+        seconds = self._upstream_timeout_seconds
+        if (remaining := context.time_remaining()) is not None:
+            seconds = min(seconds, remaining)
+        if seconds <= 0:
+            raise UpstreamTimeoutError("the deadline passed before the inference began")
+        call = self._triton.infer(
+            model.name,
+            model.version,
+            images,
+            num_classes=len(model.class_names),
+            max_batch_size=model.max_batch_size,
+        )
+        slot.hold()
+        call.add_done_callback(lambda _: slot.release())
+        try:
+            return await answer(call, seconds)
+        except UnknownVersionError as error:
+            self._on_upstream_error()
+            if request.model_version:
+                raise
+            # The caller did not choose the version that just went away.
+            raise UpstreamUnavailableError(f"{model.name} is being replaced; try again") from error
+        except UpstreamError:
+            self._on_upstream_error()
+            raise
+
+    async def _read(self, image: pb.Image, card: Card) -> Pixels:
+        polarity, framing = _polarity(image, card), _framing(image, card)
+        if image.ByteSize() > _INLINE_BYTES:
+            # Even a header may hide a long walk.
+            return await self._in_thread(
+                lambda: self._open(image).frame(polarity=polarity, framing=framing),
+            )
+        picture = self._open(image)
+        if picture.num_pixels > _INLINE_PIXELS:
+            return await self._in_thread(partial(picture.frame, polarity=polarity, framing=framing))
+        return picture.frame(polarity=polarity, framing=framing)
+
+    async def _read_all(self, images: Sequence[pb.Image], card: Card) -> list[Pixels | InvalidImageError]:
+        def read(start: int) -> list[Pixels | InvalidImageError]:
+            return [self._read_or_refuse(image, card) for image in images[start : start + _CHUNK]]
+
+        chunks = await asyncio.gather(
+            *(self._in_thread(partial(read, start)) for start in range(0, len(images), _CHUNK))
+        )
+        return list(chain.from_iterable(chunks))
+
+    def _read_or_refuse(self, image: pb.Image, card: Card) -> Pixels | InvalidImageError:
+        try:
+            polarity, framing = _polarity(image, card), _framing(image, card)
+            return self._open(image).frame(polarity=polarity, framing=framing)
+        except InvalidImageError as error:
+            return error
+
+    def _open(self, image: pb.Image) -> Picture:
+        match image.WhichOneof("source"):
+            case "encoded":
+                return open_encoded(image.encoded, self._limits)
+            case "raw":
+                raw = image.raw
+                return open_raw(
+                    raw.pixels,
+                    height=raw.height,
+                    width=raw.width,
+                    channels=raw.channels,
+                    limits=self._limits,
+                )
+        raise InvalidImageError("", "missing; give encoded or raw")
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        # The executor's queue is bounded by admission; a cancelled caller takes back what has not begun.
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+
+
+async def _abort(context: Context, error: GatewayError) -> NoReturn:
+    metadata = [(REASON_KEY, type(error).__name__)]
+    if isinstance(error, OverloadedError):
+        metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_seconds * 1000))))
+    await context.abort(_status(error), str(error), tuple(metadata))
+
+
+def _status(error: GatewayError) -> grpc.StatusCode:
+    return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def _polarity(image: pb.Image, card: Card) -> Polarity:
+    if image.polarity == pb.POLARITY_UNSPECIFIED:
+        return card.polarity
+    try:
+        return _POLARITIES[image.polarity]
+    except KeyError:
+        raise InvalidImageError("polarity", _unknown(image.polarity, pb.Polarity)) from None
+
+
+def _framing(image: pb.Image, card: Card) -> Framing:
+    if image.framing == pb.FRAMING_UNSPECIFIED:
+        return card.framing
+    try:
+        return _FRAMINGS[image.framing]
+    except KeyError:
+        raise InvalidImageError("framing", _unknown(image.framing, pb.Framing)) from None
+
+
+def _unknown(value: int, enum: Any) -> str:
+    return f"{value}; allowed are {', '.join(f'{number} ({name})' for name, number in enum.items())}"
+
+
+def _num_top(request: pb.ClassifyRequest | pb.ClassifyBatchRequest, model: ServedVersion) -> int:
+    num_classes = len(model.class_names)
+    if request.top_k > num_classes:
+        raise InvalidRequestError(
+            "top_k", f"{request.top_k}; {model.name} has {num_classes} classes, allowed are 0..{num_classes}"
+        )
+    return request.top_k or 1
+
+
+def _top(rows: Probabilities, num_top: int, model: ServedVersion) -> list[list[pb.Prediction]]:
+    """For each row its most probable classes, best first; of equals the lower index first."""
+    if num_top == 1:
+        labels = rows.argmax(axis=1)[:, np.newaxis]
+    else:
+        labels = np.argsort(-rows, axis=1, kind="stable")[:, :num_top]
+    return [
+        [pb.Prediction(label=label, name=model.class_names[label], probability=row[label]) for label in chosen]
+        for row, chosen in zip(rows, labels.tolist(), strict=True)
+    ]
+
+
+def _success(top: list[pb.Prediction]) -> pb.ClassifyResult:
+    return pb.ClassifyResult(prediction=top[0], top=top)
+
+
+def _failure(error: InvalidImageError) -> pb.ClassifyResult:
+    return pb.ClassifyResult(code=_status(error).value[0], error=str(error))

@@ -1,0 +1,252 @@
+"""
+Triton behind one channel: what it has ready, and images in, probabilities out.
+
+Triton 2.51 may crash when a ModelInfer is cancelled or its deadline passes (server#7368, server#8034). So none gets
+a deadline here and none is cancelled: it runs in a task of its own, and whoever waits for it may leave.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
+
+from gateway.errors import (
+    GatewayError,
+    OverloadedError,
+    UnknownModelError,
+    UnknownVersionError,
+    UpstreamContractError,
+    UpstreamFailedError,
+    UpstreamTimeoutError,
+    UpstreamUnavailableError,
+)
+
+log = structlog.get_logger(__name__)
+
+Probabilities = NDArray[np.float32]
+Inference = asyncio.Task[Probabilities]
+
+# Names follow libtorch's rule: inputs by forward's argument, outputs by __index.
+_INPUT, _INPUT_DIMS = "image", [1, 28, 28]
+_PROBABILITIES = "probabilities__0"
+
+_CHANNEL_OPTIONS = (
+    # A cut link is noticed within 15 s while a call waits; Triton takes three pings without data as abuse, and the
+    # probe brings data every second as long as Triton lives.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Triton is near: after a restart it is found again within a second.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyVersion:
+    """A version that Triton has ready and that keeps the gateway's contract."""
+
+    name: str
+    version: int
+    num_classes: int
+    max_batch_size: int
+    """Most images in one request, at least 1."""
+
+
+class Triton:
+    """
+    One channel to Triton; build it in the event loop that uses it.
+
+    Args:
+        address: ``host:port`` of its gRPC endpoint.
+        control_timeout_seconds: Deadline of every RPC but ModelInfer.
+    """
+
+    def __init__(self, address: str, *, control_timeout_seconds: float) -> None:
+        self._address = address
+        self._control_timeout_seconds = control_timeout_seconds
+        self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        # As large as admission lets it grow: a call that was left keeps its place there.
+        self._running: set[Inference] = set()
+        self._unfit: set[tuple[str, int]] = set()
+
+    async def ready_versions(self) -> Sequence[ReadyVersion]:
+        """
+        Return every ready version that keeps the gateway's contract; others are logged once and left out.
+
+        Raises:
+            UpstreamError: Triton did not say.
+        """
+        index = await self._control("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True))
+        named = [(model.name, int(model.version)) for model in index.models if model.version.isdecimal()]
+        described = await asyncio.gather(*(self._describe(name, version) for name, version in named))
+        unfit = {key for key, found in zip(named, described, strict=True) if isinstance(found, UpstreamContractError)}
+        for key, found in zip(named, described, strict=True):
+            if key in unfit - self._unfit:
+                log.warning("model not served", model=key[0], version=key[1], reason=str(found))
+        self._unfit = unfit
+        return [found for found in described if isinstance(found, ReadyVersion)]
+
+    def infer(
+        self, name: str, version: int, images: NDArray[np.uint8], *, num_classes: int, max_batch_size: int
+    ) -> Inference:
+        """
+        Send images to a model and return the running task; wait for it with :func:`answer`, never cancel it.
+
+        More than ``max_batch_size`` images leave as several requests at the same time.
+
+        Args:
+            name: Model.
+            version: At least 1.
+            images: uint8, shape (N, 28, 28), N at least 1.
+            num_classes: Length of each row of the answer.
+            max_batch_size: At least 1.
+
+        Returns:
+            Task of float32, shape (N, num_classes): finite, each row summing to 1 within 1e-3. It raises
+            :class:`GatewayError` and what that means is told in gateway/errors.py.
+        """
+        parts = [images[start : start + max_batch_size] for start in range(0, len(images), max_batch_size)]
+        call = asyncio.create_task(self._infer_all(name, version, parts, num_classes))
+        self._running.add(call)
+        call.add_done_callback(self._forget)
+        return call
+
+    async def close(self, timeout_seconds: float) -> None:
+        """Let the running inferences end, which callers may have left long ago, then close the channel."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=timeout_seconds)
+        await self._channel.close()
+
+    async def _infer_all(
+        self, name: str, version: int, parts: Sequence[NDArray[np.uint8]], num_classes: int
+    ) -> Probabilities:
+        if len(parts) == 1:
+            return await self._infer_one(name, version, parts[0], num_classes)
+        # All of them end before this does: only then is the caller's place free.
+        answers = await asyncio.gather(
+            *(self._infer_one(name, version, part, num_classes) for part in parts), return_exceptions=True
+        )
+        rows: list[Probabilities] = []
+        for part in answers:
+            if isinstance(part, BaseException):
+                raise part
+            rows.append(part)
+        return np.concatenate(rows)
+
+    async def _infer_one(self, name: str, version: int, images: NDArray[np.uint8], num_classes: int) -> Probabilities:
+        request = service_pb2.ModelInferRequest(
+            model_name=name,
+            model_version=str(version),
+            inputs=[
+                service_pb2.ModelInferRequest.InferInputTensor(
+                    name=_INPUT, datatype="UINT8", shape=(len(images), *_INPUT_DIMS)
+                )
+            ],
+            # Named, or Triton computes and sends the embedding too.
+            outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=_PROBABILITIES)],
+            raw_input_contents=[images.tobytes()],
+        )
+        try:
+            response = await self._stub.ModelInfer(request)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error, name, version) from error
+        return _probabilities(response, len(images), num_classes)
+
+    async def _describe(self, name: str, version: int) -> ReadyVersion | GatewayError:
+        request = service_pb2.ModelConfigRequest(name=name, version=str(version))
+        try:
+            response = await self._control("ModelConfig", request, name, version)
+            return _ready_version(name, version, response.config)
+        except (UnknownModelError, UpstreamContractError) as error:
+            # Gone between the two questions, or not a model for this gateway.
+            return error
+
+    async def _control(self, method: str, request: Any, name: str = "", version: int = 0) -> Any:
+        try:
+            return await getattr(self._stub, method)(request, timeout=self._control_timeout_seconds)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error, name, version) from error
+
+    def _translate(self, error: grpc.aio.AioRpcError, name: str, version: int) -> GatewayError:
+        """The one map of what Triton and the channel say; their words go to the log and not to the caller."""
+        code, details = error.code(), error.details() or ""
+        if code is grpc.StatusCode.NOT_FOUND or "not at ready state" in details:
+            return UnknownVersionError(f"model_version: {name} has no version {version} ready")
+        log.warning("upstream failed", address=self._address, model=name, code=code.name, details=details)
+        match code:
+            case grpc.StatusCode.UNAVAILABLE if "maximum queue size" in details:
+                return OverloadedError("overloaded: the model's queue is full", retry_after_seconds=0.1)
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return OverloadedError("overloaded: Triton refused more", retry_after_seconds=0.1)
+            case grpc.StatusCode.UNAVAILABLE:
+                return UpstreamUnavailableError("the inference server cannot be reached; try again")
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return UpstreamTimeoutError("the inference server does not answer")
+            case grpc.StatusCode.INVALID_ARGUMENT:
+                return UpstreamContractError("the model does not take what this gateway sends")
+        return UpstreamFailedError("the inference server failed to run the model")
+
+    def _forget(self, call: Inference) -> None:
+        self._running.discard(call)
+        # Marks the error as seen: whoever waited may have left.
+        if not call.cancelled():
+            call.exception()
+
+
+async def answer(call: Inference, timeout_seconds: float) -> Probabilities:
+    """
+    Wait for an inference. Whether this is cancelled or runs out of time, the call runs on.
+
+    Raises:
+        UpstreamTimeoutError: No answer yet.
+        GatewayError: What the call ended with.
+    """
+    if not call.done():
+        await asyncio.wait((call,), timeout=timeout_seconds)
+    if not call.done():
+        raise UpstreamTimeoutError(f"no answer from the model within {timeout_seconds:.3g} s")
+    if call.cancelled():
+        raise UpstreamUnavailableError("the gateway is stopping; try again")
+    return call.result()
+
+
+def _ready_version(name: str, version: int, config: Any) -> ReadyVersion:
+    inputs = [(one.name, one.data_type, list(one.dims)) for one in config.input]
+    if inputs != [(_INPUT, model_config_pb2.TYPE_UINT8, _INPUT_DIMS)]:
+        raise UpstreamContractError(f"its input has to be {_INPUT}, uint8, {_INPUT_DIMS}")
+    output = next((one for one in config.output if one.name == _PROBABILITIES), None)
+    if output is None or output.data_type != model_config_pb2.TYPE_FP32 or len(output.dims) != 1:
+        raise UpstreamContractError(f"it needs an output {_PROBABILITIES}, float32, one number for each class")
+    if output.dims[0] < 1 or config.max_batch_size < 1:
+        raise UpstreamContractError("it needs at least one class and max_batch_size of at least 1")
+    return ReadyVersion(name, version, output.dims[0], config.max_batch_size)
+
+
+def _probabilities(response: Any, num_images: int, num_classes: int) -> Probabilities:
+    if len(response.outputs) != 1 or len(response.raw_output_contents) != 1:
+        raise _broken_contract("one output", f"{len(response.outputs)}")
+    output, raw = response.outputs[0], response.raw_output_contents[0]
+    if output.name != _PROBABILITIES or output.datatype != "FP32":
+        raise _broken_contract(f"{_PROBABILITIES} FP32", f"{output.name} {output.datatype}")
+    if list(output.shape) != [num_images, num_classes] or len(raw) != 4 * num_images * num_classes:
+        raise _broken_contract(f"shape {[num_images, num_classes]}", f"{list(output.shape)}, {len(raw)} bytes")
+    rows = np.frombuffer(raw, "<f4").reshape(num_images, num_classes)
+    # NaN and infinity fail the comparison of the sum.
+    if not (np.abs(rows.sum(axis=1) - 1) <= 1e-3).all() or rows.min() < 0:
+        raise _broken_contract("probabilities that sum to 1", "rows that do not")
+    return rows
+
+
+def _broken_contract(expected: str, found: str) -> UpstreamContractError:
+    log.error("upstream broke the contract", expected=expected, found=found)
+    return UpstreamContractError("the model answered with something that is not probabilities")

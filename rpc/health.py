@@ -1,0 +1,79 @@
+"""grpc.health.v1 for one yes or no, told to any number of watchers."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+    """
+    Check and Watch.
+
+    Unlike grpcio-health-checking's aio servicer, a watcher that does not read delays nobody, and one that leaves
+    does not silence the others; while draining, watches end, so that they do not hold up the drain.
+
+    Args:
+        services: Names that share the status; ``""`` stands for the server as a whole.
+    """
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self._services = frozenset(services)
+        self._is_serving = False
+        self._is_draining = False
+        self._changed = asyncio.Event()
+
+    @property
+    def is_serving(self) -> bool:
+        """The status now."""
+        return self._is_serving
+
+    def report(self, is_serving: bool) -> None:
+        """Set the status; ignored while draining."""
+        if not self._is_draining and is_serving != self._is_serving:
+            self._is_serving = is_serving
+            self._wake()
+
+    def drain(self) -> None:
+        """Report NOT_SERVING from now on and end the watches."""
+        self._is_serving, self._is_draining = False, True
+        self._wake()
+
+    async def Check(self, request: Any, context: Context) -> Any:
+        """Return the status; NOT_FOUND for a service that is not here."""
+        if request.service not in self._services:
+            known = ", ".join(sorted(filter(None, self._services)))
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"service: no service {request.service[:64]!a}; here are {known}, or empty for the server",
+            )
+        return self._status(request.service)
+
+    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        """Send the status now and at each change."""
+        told = None
+        while True:
+            # Taken before the status is read: a change in between then wakes at once.
+            changed = self._changed
+            status = self._status(request.service)
+            if status != told:
+                yield status
+                told = status
+            elif self._is_draining:
+                return
+            else:
+                await changed.wait()
+
+    def _status(self, service: str) -> Any:
+        status = health_pb2.HealthCheckResponse
+        if service not in self._services:
+            return status(status=status.SERVICE_UNKNOWN)
+        return status(status=status.SERVING if self._is_serving else status.NOT_SERVING)
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()

@@ -1,0 +1,24 @@
+"""Fixtures that several folders use."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of IDX files with 40 training and 20 test images, each filled with its label."""
+    folder = tmp_path_factory.mktemp("tiny-mnist")
+    for name, count in (("train", 40), ("t10k", 20)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.repeat(labels * 25, 784).astype(np.uint8)
+        _write(folder / f"{name}-images-idx3-ubyte.gz", struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
+        _write(folder / f"{name}-labels-idx1-ubyte.gz", struct.pack(">II", 2049, count) + labels.tobytes())
+    return folder
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(gzip.compress(content))

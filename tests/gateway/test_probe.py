@@ -1,0 +1,99 @@
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
+
+from gateway.client import ImageClient, ModelUnavailableError
+from gateway.server import SERVICE, GatewayServer
+from gateway.settings import GatewaySettings
+from gateway.testing import FakeTriton, confident, label_of
+from protos.gateway.v1 import image_service_pb2 as pb
+from protos.gateway.v1 import image_service_pb2_grpc
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def status(call: Any, wanted: int) -> None:
+    """Read a Watch until it tells the wanted status."""
+    while (await call.read()).status != wanted:
+        pass
+
+
+@pytest.fixture
+async def watch(gateway: GatewayServer) -> Any:
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        yield call
+        call.cancel()
+
+
+async def test_serving_only_while_an_inference_works(watch: Any, triton: FakeTriton) -> None:
+    await status(watch, SERVING)
+    assert not triton.received[0].any()
+
+    triton.failure = grpc.StatusCode.INTERNAL, "Stub process is not healthy"
+    await status(watch, NOT_SERVING)
+    triton.failure = None
+    await status(watch, SERVING)
+    triton.answer = lambda images: confident(images) * np.nan
+    await status(watch, NOT_SERVING)
+
+
+async def test_not_serving_without_a_model_and_serving_when_it_comes(watch: Any, triton: FakeTriton) -> None:
+    await status(watch, SERVING)
+    triton.models = {}
+    await status(watch, NOT_SERVING)
+    triton.models = {"mnist": [4]}
+    await status(watch, SERVING)
+
+
+async def test_probe_that_hangs_is_waited_for_and_not_repeated(settings: GatewaySettings, triton: FakeTriton) -> None:
+    hasty = settings.model_copy(update={"probe_timeout_seconds": 0.1, "probe_interval_seconds": 0.01})
+    async with GatewayServer(hasty) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        await status(call, SERVING)
+        triton.gate.clear()
+        await status(call, NOT_SERVING)
+        num_hanging = len(triton.received)
+        # Ten intervals in which a second probe could have come.
+        await asyncio.sleep(0.1)
+        assert len(triton.received) == num_hanging
+
+        triton.gate.set()
+        await status(call, SERVING)
+        call.cancel()
+    assert triton.num_cancelled == 0
+
+
+async def test_gateway_started_before_triton_refuses_fast_and_recovers(
+    triton: FakeTriton, settings: GatewaySettings, digit: NDArray[np.uint8]
+) -> None:
+    await triton.stop()
+    async with GatewayServer(settings) as gateway, ImageClient(gateway.address) as client:
+        request = pb.ClassifyRequest(image=pb.Image(raw=pb.RawImage(height=28, width=28, pixels=digit.tobytes())))
+        async with grpc.aio.insecure_channel(gateway.address) as channel, asyncio.timeout(1):
+            with pytest.raises(grpc.aio.AioRpcError, match="the inference server cannot be reached") as refused:
+                await image_service_pb2_grpc.ImageServiceStub(channel).Classify(request)
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        with pytest.raises(ModelUnavailableError, match="no inference worked"):
+            await client.wait_ready(timeout_seconds=0.1)
+
+        await triton.start()
+        await client.wait_ready()
+        assert (await client.classify(digit)).label == label_of(digit)
+
+
+async def test_probe_that_dies_takes_readiness_with_it(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    await status(watch, SERVING)
+
+    def broken(path: Path) -> bytes:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    await status(watch, NOT_SERVING)

@@ -1,0 +1,164 @@
+import asyncio
+import io
+import os
+import signal
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from numpy.typing import NDArray
+from PIL import Image
+
+from gateway.client import ImageClient
+from gateway.server import GatewayServer, serve
+from gateway.settings import GatewaySettings
+from gateway.testing import FakeTriton, label_of
+from protos.gateway.v1 import image_service_pb2 as pb
+from rpc.lifecycle import PortTakenError
+
+
+async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
+    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+    listed = (await call.read()).list_services_response.service
+    await call.done_writing()
+
+    assert {service.name for service in listed} == {
+        "sluice.gateway.v1.ImageService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+
+
+async def test_taken_port_is_named_with_the_option(gateway: GatewayServer, settings: GatewaySettings) -> None:
+    port = int(gateway.address.rpartition(":")[2])
+    with pytest.raises(PortTakenError, match=f"{gateway.address}.*--port or SLUICE_GATEWAY_PORT"):
+        await GatewayServer(settings.model_copy(update={"port": port})).__aenter__()
+
+
+async def test_message_above_the_limit_is_refused(settings: GatewaySettings, digit: NDArray[np.uint8]) -> None:
+    small = settings.model_copy(update={"max_message_bytes": 2048})
+    async with GatewayServer(small) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        with pytest.raises(ValueError, match=r"refused the request's size: .*larger than max"):
+            await client.classify(np.zeros((100, 100), np.uint8))
+
+        assert (await client.classify(digit)).label == label_of(digit)
+
+
+async def test_unexpected_exception_shows_no_internals(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise MemoryError("secret of /srv/gateway.py")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await stub.Classify(pb.ClassifyRequest(image=pb.Image(encoded=b"x")))
+
+    assert failed.value.code() is grpc.StatusCode.INTERNAL
+    assert (failed.value.details() or "").startswith("internal error, logged as ")
+
+
+async def test_call_in_flight_finishes_while_draining(
+    settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    async with GatewayServer(settings) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        triton.gate.clear()
+        call = asyncio.create_task(client.classify(digit))
+        await triton.arrival_of(digit)
+        stopping = asyncio.create_task(gateway.__aexit__(None, None, None))
+        with pytest.raises(Exception, match=r"no gateway answers|no inference worked"):
+            await client.wait_ready(timeout_seconds=0.2)
+        assert not call.done()
+        triton.gate.set()
+
+        assert (await call).label == label_of(digit)
+        await stopping
+    assert triton.num_cancelled == 0
+
+
+async def test_watcher_does_not_hold_up_the_drain(settings: GatewaySettings) -> None:
+    patient = settings.model_copy(update={"drain_seconds": 60})
+    async with GatewayServer(patient) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        await watching.read()
+        gateway.drain()
+        async with asyncio.timeout(5):
+            await gateway.grpc_server.stop(60)
+
+        assert await watching.code() is grpc.StatusCode.OK
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_serve_ends_at_a_signal(settings: GatewaySettings, number: signal.Signals) -> None:
+    ready = asyncio.Event()
+    addresses: list[str] = []
+
+    def on_ready(address: str) -> None:
+        addresses.append(address)
+        ready.set()
+
+    serving = asyncio.create_task(serve(settings, on_ready=on_ready))
+    await ready.wait()
+    async with ImageClient(addresses[0]) as client:
+        await client.wait_ready()
+        os.kill(os.getpid(), number)
+        await serving
+
+        with pytest.raises(Exception, match="no gateway answers"):
+            await client.models(timeout_seconds=2)
+
+
+async def test_many_callers_at_once_each_get_their_own_answer(client: ImageClient) -> None:
+    images = np.random.default_rng(3).integers(0, 256, (64, 28, 28), np.uint8)
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        files.append(file.getvalue())
+    answers = await asyncio.gather(*(client.classify(file, polarity="light_on_dark") for file in files))
+
+    assert [one.label for one in answers] == [label_of(image) for image in images]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "/sluice.gateway.v1.ImageService/Classify",
+        "/sluice.gateway.v1.ImageService/ClassifyBatch",
+        "/grpc.health.v1.Health/Check",
+    ],
+)
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"\x0a\x7f", b"\x12\x01\xff"], ids=["tag", "length", "UTF-8"])
+async def test_malformed_request_is_the_callers_mistake(channel: Any, method: str, data: bytes) -> None:
+    if method.endswith("Check"):
+        data = b"\x0a\x01\xff"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await channel.unary_unary(method)(data)
+
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert refused.value.details() == f"request: not a valid message for {method}"
+
+
+@pytest.mark.parametrize(
+    "method", ["/grpc.health.v1.Health/Watch", "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+)
+async def test_malformed_stream_is_the_callers_mistake(channel: Any, method: str) -> None:
+    if method.endswith("Watch"):
+        call = channel.unary_stream(method)(b"\xff\xff")
+    else:
+        call = channel.stream_stream(method)(iter([b"\xff\xff"]))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_unknown_method_is_unimplemented(channel: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await channel.unary_unary("/sluice.gateway.v1.ImageService/Nope")(b"")
+
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -1,0 +1,379 @@
+import asyncio
+import io
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from gateway.server import GatewayServer
+from gateway.settings import GatewaySettings
+from gateway.testing import FakeTriton, confident, label_of
+from protos.gateway.v1 import image_service_pb2 as pb
+from protos.gateway.v1 import image_service_pb2_grpc
+
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(pixels: NDArray[np.uint8], **fields: Any) -> pb.Image:
+    return pb.Image(encoded=png(pixels), **fields)
+
+
+async def refusal(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call
+    return failed.value.code(), failed.value.details() or ""
+
+
+async def test_classify_answers_with_the_best_classes(stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]) -> None:
+    triton.answer = lambda images: np.array([[0, 0.1, 0, 0.2, 0, 0, 0, 0.6, 0.1, 0]], np.float32)
+    response = await stub.Classify(pb.ClassifyRequest(image=picture(digit), top_k=4))
+
+    assert [one.label for one in response.top] == [7, 3, 1, 8]
+    assert [one.name for one in response.top] == ["7", "3", "1", "8"]
+    assert response.top[0] == response.prediction
+    assert response.prediction.probability == pytest.approx(0.6)
+    assert (response.model, response.model_version) == ("mnist", 1)
+    assert np.array_equal(triton.received[-1][0], digit)
+
+
+async def test_classify_lists_one_class_unless_asked_for_more(stub: Any, digit: NDArray[np.uint8]) -> None:
+    response = await stub.Classify(pb.ClassifyRequest(image=picture(digit)))
+
+    assert [one.label for one in response.top] == [label_of(digit)]
+
+
+# Bad input: each its status and a message that names the field; the next good request succeeds.
+
+TRUNCATED = png(np.eye(28, dtype=np.uint8) * 255)[:-20]
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "message"),
+    [
+        (pb.ClassifyRequest(), INVALID, "image: missing; give encoded or raw"),
+        (
+            pb.ClassifyRequest(image=pb.Image(polarity=pb.POLARITY_LIGHT_ON_DARK)),
+            INVALID,
+            "image: missing; give encoded or raw",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=b"")),
+            INVALID,
+            "image.encoded: empty; accepted are PNG, JPEG, BMP, GIF, WebP, TIFF, PGM",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=np.random.default_rng(0).bytes(500))),
+            INVALID,
+            "image.encoded: not a readable image: unknown format or damaged header; accepted are PNG, JPEG",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=np.random.default_rng(0).bytes(200_000))),
+            INVALID,
+            "image.encoded: not a readable image: unknown format or damaged header; accepted are PNG, JPEG",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=TRUNCATED)),
+            INVALID,
+            "image.encoded: not a readable image: image file is truncated",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(raw=pb.RawImage(height=28, width=28, pixels=bytes(783)))),
+            INVALID,
+            "image.raw.pixels: 783 bytes; 28x28 with 1 channel takes 784",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=b"x", polarity=7)),  # type: ignore[arg-type]
+            INVALID,
+            "image.polarity: 7; allowed are 0 (POLARITY_UNSPECIFIED), 1 (POLARITY_LIGHT_ON_DARK), 2",
+        ),
+        (
+            pb.ClassifyRequest(image=pb.Image(encoded=b"x", framing=9)),  # type: ignore[arg-type]
+            INVALID,
+            "image.framing: 9; allowed are 0 (FRAMING_UNSPECIFIED), 1 (FRAMING_CENTER), 2",
+        ),
+        (
+            pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), top_k=11),
+            INVALID,
+            "top_k: 11; mnist has 10 classes, allowed are 0..10",
+        ),
+        (
+            pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), model_version=-1),
+            INVALID,
+            "model_version: -1; allowed are 0 for the default, or a served version",
+        ),
+        (
+            pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), model="resnet"),
+            grpc.StatusCode.NOT_FOUND,
+            "model: no model 'resnet'; loaded are mnist",
+        ),
+        (
+            pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), model_version=9),
+            grpc.StatusCode.NOT_FOUND,
+            "model_version: mnist has no version 9; served are 1",
+        ),
+    ],
+)
+async def test_bad_request_names_its_field_and_the_next_succeeds(
+    stub: Any, digit: NDArray[np.uint8], request_: pb.ClassifyRequest, code: grpc.StatusCode, message: str
+) -> None:
+    refused_code, details = await refusal(stub.Classify(request_))
+    assert refused_code is code
+    assert details.startswith(message)
+
+    good = await stub.Classify(pb.ClassifyRequest(image=picture(digit)))
+    assert good.prediction.label == label_of(digit)
+
+
+async def test_png_cut_anywhere_never_gets_an_answer(stub: Any, digit: NDArray[np.uint8]) -> None:
+    data = png(digit)
+    cuts = range(1, len(data), 7)
+    calls = [stub.Classify(pb.ClassifyRequest(image=pb.Image(encoded=data[:cut]))) for cut in cuts]
+
+    assert {(await refusal(call))[0] for call in calls} == {INVALID}
+
+
+@pytest.mark.parametrize(
+    ("num_images", "message"),
+    [(0, "images: 0 images; allowed are 1..1024"), (1025, "images: 1025 images; allowed are 1..1024")],
+)
+async def test_batch_of_a_size_not_allowed(stub: Any, digit: NDArray[np.uint8], num_images: int, message: str) -> None:
+    request = pb.ClassifyBatchRequest(images=[picture(digit)] * num_images)
+    assert await refusal(stub.ClassifyBatch(request)) == (INVALID, message)
+
+    good = await stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[picture(digit)]))
+    assert good.results[0].prediction.label == label_of(digit)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "message"),
+    [
+        ({"top_k": 11}, INVALID, "top_k: 11;"),
+        ({"model_version": -3}, INVALID, "model_version: -3;"),
+        ({"model": "x" * 10_000}, grpc.StatusCode.NOT_FOUND, "model: no model 'xxx"),
+        ({"model_version": 4}, grpc.StatusCode.NOT_FOUND, "model_version: mnist has no version 4"),
+    ],
+)
+async def test_bad_batch_names_its_field(
+    stub: Any, digit: NDArray[np.uint8], fields: dict[str, Any], code: grpc.StatusCode, message: str
+) -> None:
+    refused_code, details = await refusal(
+        stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[picture(digit)], **fields))
+    )
+    assert refused_code is code
+    assert details.startswith(message)
+    assert len(details) < 200
+
+
+async def test_unreadable_image_fails_alone_in_its_batch(stub: Any, triton: FakeTriton) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (100, 28, 28), np.uint8)
+    images = [picture(one, polarity=pb.POLARITY_LIGHT_ON_DARK) for one in pixels]
+    bad = {0: pb.Image(), 40: pb.Image(encoded=b"no"), 99: pb.Image(raw=pb.RawImage(height=1, width=0))}
+    for index, image in bad.items():
+        images[index] = image
+    response = await stub.ClassifyBatch(pb.ClassifyBatchRequest(images=images, top_k=2))
+
+    assert len(response.results) == 100
+    for index, result in enumerate(response.results):
+        if index in bad:
+            assert result.code == INVALID.value[0]
+            assert result.error.startswith(f"images[{index}]")
+            assert not result.HasField("prediction")
+        else:
+            assert (result.code, result.error) == (0, "")
+            assert result.prediction.label == label_of(pixels[index])
+            assert len(result.top) == 2
+    assert response.results[99].error == "images[99].raw.width: 0; allowed are 1..4096"
+
+
+async def test_batch_of_unreadable_images_asks_nothing_of_triton(stub: Any, triton: FakeTriton) -> None:
+    def count() -> int:
+        return sum(image.any() for images in triton.received for image in images)
+
+    response = await stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[pb.Image(encoded=b"no")] * 3))
+
+    assert [result.code for result in response.results] == [3, 3, 3]
+    assert count() == 0
+
+
+async def test_large_image_is_decoded_beside_the_loop(stub: Any, digit: NDArray[np.uint8]) -> None:
+    big = np.kron(digit, np.ones((40, 40), np.uint8))
+    noisy = np.random.default_rng(0).integers(0, 3, big.shape, np.uint8) + (big // 2)
+    for pixels in (big, noisy):
+        response = await stub.Classify(pb.ClassifyRequest(image=picture(pixels)))
+        assert response.model == "mnist"
+
+
+async def test_card_decides_what_a_request_leaves_open(
+    stub: Any, triton: FakeTriton, tmp_path: Path, digit: NDArray[np.uint8]
+) -> None:
+    folder = tmp_path / "mnist" / "2"
+    folder.mkdir(parents=True)
+    names = [f"class {index}" for index in range(10)]
+    (folder / "card.json").write_text(json.dumps({"polarity": "dark_on_light", "class_names": names}))
+    triton.models["mnist"].append(2)
+    response = await stub.Classify(pb.ClassifyRequest(image=picture(digit), model_version=2))
+    assert response.prediction.name == f"class {label_of(255 - digit)}"
+
+    as_asked = picture(digit, polarity=pb.POLARITY_LIGHT_ON_DARK)
+    response = await stub.Classify(pb.ClassifyRequest(image=as_asked, model_version=2))
+    assert response.prediction.name == f"class {label_of(digit)}"
+
+
+async def test_list_models_tells_what_is_ready_now(stub: Any, triton: FakeTriton) -> None:
+    triton.models = {"mnist": [1, 3, 2], "other": [5]}
+    first, second = (await stub.ListModels(pb.ListModelsRequest())).models
+
+    assert (first.name, list(first.versions), first.default_version, first.is_default) == ("mnist", [3, 2, 1], 3, True)
+    assert list(first.class_names) == list("0123456789")
+    assert (second.name, second.is_default) == ("other", False)
+
+
+# Upstream
+
+
+@pytest.mark.parametrize(
+    ("answer", "name"),
+    [
+        (lambda images: confident(images) * np.nan, "NaN"),
+        (lambda images: confident(images) * 2, "sum"),
+        (lambda images: confident(images)[:, :9], "shape"),
+    ],
+)
+async def test_poisoned_answer_is_internal_and_not_passed_on(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8], answer: Any, name: str
+) -> None:
+    triton.answer = answer
+    code, details = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit))))
+    assert code is grpc.StatusCode.INTERNAL
+    assert details == "the model answered with something that is not probabilities"
+
+    code, _ = await refusal(stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[picture(digit)] * 3)))
+    assert code is grpc.StatusCode.INTERNAL
+
+
+async def test_explicit_version_that_went_away_is_not_found(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    triton.failure = grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'mnist' version 1 is not at ready state"
+    code, details = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit), model_version=1)))
+    assert (code, details) == (grpc.StatusCode.NOT_FOUND, "model_version: mnist has no version 1 ready")
+
+
+async def test_default_version_that_went_away_is_worth_another_try(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    triton.failure = grpc.StatusCode.UNAVAILABLE, "Request for unknown model: 'mnist' version 1 is not at ready state"
+    code, details = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit))))
+    assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "mnist is being replaced; try again")
+
+
+async def test_callers_deadline_ends_the_call_and_not_the_inference(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    triton.gate.clear()
+    code, _ = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit)), timeout=0.2))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    triton.gate.set()
+
+    await stub.Classify(pb.ClassifyRequest(image=picture(digit)))
+    assert triton.num_cancelled == 0
+
+
+# Overload and callers who leave
+
+
+@pytest.fixture
+async def narrow_stub(settings: GatewaySettings) -> AsyncIterator[Any]:
+    """To a gateway that takes one image at a time."""
+    narrow = settings.model_copy(update={"max_in_flight": 1, "max_batch_images": 1})
+    async with GatewayServer(narrow) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        yield image_service_pb2_grpc.ImageServiceStub(channel)
+
+
+async def eventually(stub: Any, request: pb.ClassifyRequest) -> pb.ClassifyResponse:
+    """Try again as often as the server's pushback says; any other error has none."""
+    while True:
+        try:
+            response: pb.ClassifyResponse = await stub.Classify(request)
+        except grpc.aio.AioRpcError as error:
+            await asyncio.sleep(int(pushback(error)) / 1000)
+        else:
+            return response
+
+
+def pushback(error: grpc.aio.AioRpcError) -> str:
+    return str(dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"])
+
+
+async def test_call_beyond_the_bound_is_refused_at_once_with_pushback(
+    narrow_stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    request = pb.ClassifyRequest(image=picture(digit))
+    triton.gate.clear()
+    first = narrow_stub.Classify(request)
+    await triton.arrival_of(digit)
+
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await narrow_stub.Classify(request)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert 10 <= int(pushback(refused.value)) <= 5000
+
+    triton.gate.set()
+    assert (await first).prediction.label == label_of(digit)
+    assert (await eventually(narrow_stub, request)).prediction.label == label_of(digit)
+
+
+async def test_cancelled_caller_leaves_its_inference_running_and_its_place_taken(
+    narrow_stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    request = pb.ClassifyRequest(image=picture(digit))
+    triton.gate.clear()
+    call = narrow_stub.Classify(request)
+    await triton.arrival_of(digit)
+    call.cancel()
+    code, _ = await refusal(narrow_stub.Classify(request))
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    triton.gate.set()
+    assert (await eventually(narrow_stub, request)).prediction.label == label_of(digit)
+    assert triton.num_cancelled == 0
+
+
+async def test_upstream_timeout_bounds_a_caller_without_deadline(
+    settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    impatient = settings.model_copy(update={"upstream_timeout_seconds": 0.1})
+    triton.gate.clear()
+    async with GatewayServer(impatient) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        stub = image_service_pb2_grpc.ImageServiceStub(channel)
+        refused = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit))))
+        triton.gate.set()
+
+    assert refused == (grpc.StatusCode.DEADLINE_EXCEEDED, "no answer from the model within 0.1 s")
+    assert triton.num_cancelled == 0
+
+
+# What comes with a later version
+
+
+async def test_rpcs_of_a_later_version_are_unimplemented(stub: Any) -> None:
+    async def requests() -> AsyncIterator[pb.ClassifyStreamRequest]:
+        yield pb.ClassifyStreamRequest(id=1)
+
+    told = "not served by this version; Classify, ClassifyBatch and ListModels are"
+    unimplemented = grpc.StatusCode.UNIMPLEMENTED
+    assert await refusal(stub.Embed(pb.EmbedRequest())) == (unimplemented, f"Embed is {told}")
+    assert await refusal(stub.Compare(pb.CompareRequest())) == (unimplemented, f"Compare is {told}")
+    assert await refusal(stub.ClassifyStream(requests()).read()) == (unimplemented, f"ClassifyStream is {told}")
