@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,14 +33,21 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
+        _try(host, port)
         bound = server.add_insecure_port(address)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise PortTakenError(
             f"cannot listen on {address}: it is taken or not an address of this machine; choose another with {option}"
         ) from error
-    if bound == 0:
-        raise PortTakenError(f"cannot listen on {address}; choose another with {option}")
     return bound
+
+
+def _try(host: str, port: int) -> None:
+    """Bind and let go: grpc would say that a port is taken on standard error, in its own words, before it raises."""
+    (family, kind, protocol, _, place), *_others = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(place)
 
 
 async def run_until_signalled(

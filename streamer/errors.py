@@ -1,0 +1,136 @@
+"""
+What can go wrong between a data set's files and a reader, by cause.
+
+:class:`DataError` and its kin are for whoever runs the streamer, :class:`PlanError` for whoever sent a
+request, :class:`ReaderError` for whoever reads. Each message says what is wrong, where, and what is allowed.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class StreamerError(Exception):
+    """Base of everything raised here on purpose."""
+
+
+class DataError(StreamerError):
+    """
+    A file of a data set is not what it should be.
+
+    Attributes:
+        file: The file at fault.
+        expected: What it should hold.
+        found: What it holds.
+    """
+
+    def __init__(self, file: Path | str, *, expected: str, found: str, remedy: str = "") -> None:
+        self.file = Path(file)
+        self.expected = expected
+        self.found = found
+        super().__init__(f"{file}: expected {expected}, found {found}" + (f"; {remedy}" if remedy else ""))
+
+
+class MirrorError(StreamerError):
+    """One source of a data set gave no usable file; the next one is tried."""
+
+    def __init__(self, source: str, problem: str) -> None:
+        self.source = source
+        self.problem = problem
+        super().__init__(f"{source}: {problem}")
+
+
+class NoDataError(StreamerError):
+    """No source has the data set; the message lists what was tried and how to give a folder."""
+
+    def __init__(self, name: str, attempts: Iterable[MirrorError]) -> None:
+        self.attempts = tuple(attempts)
+        tried = "; ".join(str(attempt) for attempt in self.attempts)
+        super().__init__(
+            f"data set {name}: no source has it ({tried}); "
+            "set SLUICE_DATA to a folder that holds its four IDX files, or try again when online"
+        )
+
+
+class PlanError(StreamerError):
+    """A request cannot be served as it stands."""
+
+
+class UnknownDatasetError(PlanError):
+    """No data set of that name."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        self.name = name
+        super().__init__(f"dataset: there is no {name[:64]!r}; known are {', '.join(sorted(known)) or 'none'}")
+
+
+class InvalidPlanError(PlanError):
+    """A field of the request is missing or out of range; ``field`` names it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        self.field = field
+        super().__init__(f"{field}: {problem}")
+
+
+class PositionError(PlanError):
+    """A stream was asked for beyond its end."""
+
+    def __init__(self, field: str, value: int, length: int) -> None:
+        self.field = field
+        super().__init__(f"{field}: {value} lies past the end; 0 to {length} are allowed")
+
+
+class FingerprintMismatchError(PlanError):
+    """The reader pinned other data than this streamer serves."""
+
+
+class TooManyStreamsError(PlanError):
+    """All streams this replica may serve at once are taken."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        super().__init__(
+            f"this streamer serves {limit} streams at once and all are taken; "
+            "close one, ask another replica, or raise SLUICE_STREAMER_MAX_STREAMS there"
+        )
+
+
+class ReaderError(StreamerError):
+    """Reading from a streamer failed."""
+
+
+class UnreachableError(ReaderError):
+    """Nothing usable answers at the address, or it stopped answering for longer than the reader waits."""
+
+    def __init__(self, address: str, problem: str) -> None:
+        self.address = address
+        super().__init__(
+            f"no streamer answers at {address}: {problem}; "
+            "check that `sluice streamer` runs there and that host and port are right"
+        )
+
+
+class RefusedError(ReaderError):
+    """
+    The streamer answered, and refused.
+
+    Attributes:
+        status: Name of the gRPC status, e.g. ``NOT_FOUND``.
+    """
+
+    def __init__(self, address: str, status: str, message: str) -> None:
+        self.address = address
+        self.status = status
+        super().__init__(f"the streamer at {address} refused ({status}): {message}")
+
+
+class DataChangedError(RefusedError):
+    """The streamer serves other data than the reader began with: its cursor means nothing there."""
+
+
+class SampleCorruptError(ReaderError):
+    """A batch arrived damaged or out of place, time and again; ``position`` is where it begins."""
+
+    def __init__(self, address: str, position: int, problem: str) -> None:
+        self.address = address
+        self.position = position
+        super().__init__(f"the streamer at {address}: batch at position {position}: {problem}")

@@ -1,0 +1,185 @@
+"""The streamer's process: data into memory, services onto a port, a clean end."""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from protos import mnist_pb2
+from protos.streamer.v1 import sample_service_pb2 as pb
+from rpc import lifecycle
+from rpc.health import Health
+from rpc.interceptor import Guard
+from streamer import datasets, source
+from streamer.servicer import StreamerServicer
+from streamer.settings import StreamerSettings
+from streamer.source import Dataset
+
+log = structlog.get_logger(__name__)
+
+_DATASETS = ("mnist",)
+_PORT_OPTION = "--port or SLUICE_STREAMER_PORT"
+_MNIST_SERVICE = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"].full_name
+_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+_SAMPLE_SERVICE = pb.DESCRIPTOR.services_by_name["SampleService"].full_name
+
+# Every request here is a few hundred bytes.
+_MAX_REQUEST_BYTES = 64 * 1024
+
+
+async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """
+    Find the data, serve it until SIGTERM or SIGINT, drain, stop.
+
+    Cancelling this stops the server at once.
+
+    Args:
+        settings: As :func:`rpc.settings.load` gives them.
+        on_ready: Told the address once readers can come.
+
+    Raises:
+        StreamerError: There is no usable data.
+        PortTakenError: The port is taken; raised before any data is fetched.
+    """
+    server = StreamerServer(settings)
+    try:
+        server.bind()
+        await server.start([await _load(settings, name) for name in _DATASETS])
+        log.info("serving", address=server.address)
+        if on_ready is not None:
+            on_ready(server.address)
+        await lifecycle.run_until_signalled(
+            server.grpc_server, grace_seconds=settings.drain_seconds, on_drain=server.drain
+        )
+    finally:
+        await server.stop()
+
+
+async def _load(settings: StreamerSettings, name: str) -> Dataset:
+    files = await datasets.find(
+        name, data=settings.data, cache=settings.cache, report=lambda line: log.info("data", message=line)
+    )
+    dataset = await source.load(files)
+    for split in dataset.splits.values():
+        log.info("loaded", dataset=name, split=split.name, samples=split.num_samples, folder=str(files.folder))
+    return dataset
+
+
+class StreamerServer:
+    """
+    The streamer without process around it: ``async with StreamerServer(settings, datasets) as server``.
+
+    Args:
+        settings: Where to listen, and limits.
+        datasets: What to serve; may come with :meth:`start` instead.
+    """
+
+    def __init__(self, settings: StreamerSettings, datasets: Sequence[Dataset] = ()) -> None:
+        self._settings = settings
+        self._datasets = datasets
+        self._port: int | None = None
+        self._health = Health(["", _MNIST_SERVICE, _SAMPLE_SERVICE])
+        self._servicer: StreamerServicer | None = None
+        self.grpc_server = grpc.aio.server(interceptors=[Guard()], options=_options(settings))
+
+    async def __aenter__(self) -> Self:
+        self.bind()
+        await self.start(self._datasets)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    @property
+    def address(self) -> str:
+        """``host:port`` to connect to; known once bound."""
+        assert self._port is not None
+        host = self._settings.host
+        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+
+    @property
+    def active_streams(self) -> int:
+        """Streams open right now."""
+        return self._servicer.active_streams if self._servicer else 0
+
+    def bind(self) -> None:
+        """
+        Take the port.
+
+        Raises:
+            PortTakenError: Names the address and the option that changes it.
+        """
+        self._port = lifecycle.bind(self.grpc_server, self._settings.host, self._settings.port, option=_PORT_OPTION)
+
+    async def start(self, datasets: Sequence[Dataset]) -> None:
+        """Serve ``datasets``; when this returns readers can come."""
+        self._servicer = StreamerServicer(self._settings, {dataset.name: dataset for dataset in datasets})
+        self.grpc_server.add_generic_rpc_handlers(_services(self._servicer))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        names = (_MNIST_SERVICE, _SAMPLE_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc_server)
+        await self.grpc_server.start()
+        self._health.report(True)
+
+    def drain(self) -> None:
+        """Tell orchestrators NOT_SERVING, and readers of batches to go on elsewhere."""
+        if self._servicer is not None:
+            self._servicer.drain()
+        self._health.drain()
+
+    async def stop(self) -> None:
+        """End every stream and give the port back; harmless when done already."""
+        self.drain()
+        await self.grpc_server.stop(0)
+
+
+def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:
+    """
+    Register both services by hand, as batches come encoded.
+
+    The generated registration would have protobuf encode them, which takes several times as long.
+    """
+    mnist: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "GetTrainingSamples": grpc.unary_stream_rpc_method_handler(
+            servicer.GetTrainingSamples,
+            request_deserializer=mnist_pb2.DataRequest.FromString,
+            response_serializer=mnist_pb2.Sample.SerializeToString,
+        ),
+    }
+    sample: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "ListDatasets": grpc.unary_unary_rpc_method_handler(
+            servicer.ListDatasets,
+            request_deserializer=pb.ListDatasetsRequest.FromString,
+            response_serializer=pb.ListDatasetsResponse.SerializeToString,
+        ),
+        "StreamBatches": grpc.unary_stream_rpc_method_handler(
+            servicer.StreamBatches, request_deserializer=pb.StreamBatchesRequest.FromString
+        ),
+        "PullBatches": grpc.stream_stream_rpc_method_handler(
+            servicer.PullBatches, request_deserializer=pb.PullBatchesRequest.FromString
+        ),
+    }
+    return (
+        grpc.method_handlers_generic_handler(_MNIST_SERVICE, mnist),
+        grpc.method_handlers_generic_handler(_SAMPLE_SERVICE, sample),
+    )
+
+
+def _options(settings: StreamerSettings) -> list[tuple[str, int]]:
+    return [
+        # A second server on the same port has to fail, not to share it.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        ("grpc.server_handshake_timeout_ms", 5_000),
+        # A reader whose machine is gone frees its stream within 40 s.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ]

@@ -1,0 +1,221 @@
+import asyncio
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+import pytest
+from google.protobuf.descriptor_pb2 import FileDescriptorProto
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from protos import mnist_pb2, mnist_pb2_grpc
+from protos.streamer.v1 import sample_service_pb2 as pb
+from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
+from rpc.lifecycle import PortTakenError
+from streamer.client import Plan, SampleClient
+from streamer.server import StreamerServer, serve
+from streamer.settings import StreamerSettings
+from streamer.source import Dataset
+from tests.streamer.streams import streams_become
+
+SERVICES = ["MnistService", "sluice.streamer.v1.SampleService"]
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+T = TypeVar("T")
+ENDLESS = mnist_pb2.DataRequest(epochs=100_000)
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES])
+async def test_health_serves_until_the_drain(server: StreamerServer, channel: grpc.aio.Channel, service: str) -> None:
+    watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=service))
+    assert (await watch.read()).status == SERVING
+
+    server.drain()
+    assert (await watch.read()).status == NOT_SERVING
+    watch.cancel()
+
+
+async def test_reflection_lists_and_describes_the_services(channel: grpc.aio.Channel) -> None:
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICES[1]),
+    ]
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    listed, described = [answer async for answer in stub.ServerReflectionInfo(iter(requests))]
+
+    names = [service.name for service in listed.list_services_response.service]
+    assert set(SERVICES) < set(names)
+    (file, *_) = described.file_descriptor_response.file_descriptor_proto
+    assert FileDescriptorProto.FromString(file).service[0].name == "SampleService"
+
+
+async def test_taken_port_is_named_with_the_option_that_changes_it(server: StreamerServer) -> None:
+    port = int(server.address.rpartition(":")[2])
+
+    with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port or SLUICE_STREAMER_PORT"):
+        StreamerServer(StreamerSettings(port=port)).bind()
+
+
+# Readers that go away or stand still
+
+
+async def test_cancelled_call_ends_its_stream(server: StreamerServer, channel: grpc.aio.Channel) -> None:
+    call = mnist_pb2_grpc.MnistServiceStub(channel).GetTrainingSamples(ENDLESS)
+    await call.read()
+    assert server.active_streams == 1
+
+    call.cancel()
+    await streams_become(server, 0)
+
+
+async def test_closed_connection_ends_its_streams(server: StreamerServer) -> None:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        for _ in range(5):
+            await mnist_pb2_grpc.MnistServiceStub(channel).GetTrainingSamples(ENDLESS).read()
+        assert server.active_streams == 5
+
+    await streams_become(server, 0)
+
+
+async def test_reader_that_stands_still_holds_up_nobody_and_misses_nothing(large: StreamerServer) -> None:
+    asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=512))
+    async with grpc.aio.insecure_channel(large.address) as channel, SampleClient(large.address) as fast:
+        standing = aiter(SampleServiceStub(channel).StreamBatches(asked))
+        batches, started = [await anext(standing)], time.perf_counter()
+        read = sum([len(batch.labels) async for batch in fast.batches(Plan(dataset="mnist", batch_size=512))])
+        stood = time.perf_counter() - started
+        assert read == 60_000
+        assert large.active_streams == 1, "the streamer has not sent it all"
+        batches += [batch async for batch in standing]
+
+    assert [index for batch in batches for index in batch.indices] == list(range(60_000))
+    waits = [batch.timings.wait.ToTimedelta().total_seconds() for batch in batches]
+    assert max(waits) > stood / 2, "one batch was ready all that time"
+
+
+async def test_readers_that_stand_still_cost_bounded_memory(large: StreamerServer) -> None:
+    """20 of them: what the streamer holds for each is two batches; the rest is what HTTP/2 takes on its way."""
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
+    asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=512))
+    async with grpc.aio.insecure_channel(large.address, options=options) as channel:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        calls = [SampleServiceStub(channel).StreamBatches(asked) for _ in range(20)]
+        for call in calls:
+            await call.read()
+        await streams_become(large, 20)
+        async with SampleClient(large.address) as fast:
+            # Time enough to send it all, were nothing to hold it back.
+            _ = [None async for _ in fast.batches(Plan(dataset="mnist", batch_size=512))]
+        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert large.active_streams == 20
+        for call in calls:
+            call.cancel()
+
+    assert grown_kib < 100 * 1024, "20 whole epochs would be 940 MB"
+
+
+async def test_drain_tells_readers_of_batches_where_to_go_on(large: StreamerServer) -> None:
+    asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=512))
+    async with grpc.aio.insecure_channel(large.address) as channel:
+        stream = SampleServiceStub(channel).StreamBatches(asked)
+        received = []
+        async for batch in stream:
+            received.append(batch)
+            large.drain()
+
+    *batches, closing = received
+    assert closing.draining
+    assert not closing.end_of_epoch
+    assert closing.num_samples == 0
+    assert closing.position == closing.next_position == 512 * len(batches) < 60_000
+    assert [batch.position for batch in batches] == list(range(0, closing.position, 512))
+
+
+# The process
+
+
+def assert_nobody_listens(address: str) -> None:
+    host, port = address.split(":")
+    with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
+        pass
+
+
+@asynccontextmanager
+async def streamer_process(data: Path, **environment: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """A streamer of its own process and its address."""
+    code = (
+        "import asyncio; from rpc import log; from rpc.settings import load; from streamer.server import serve; "
+        "from streamer.settings import StreamerSettings; log.configure(); settings = load(StreamerSettings, port=0); "
+        "asyncio.run(serve(settings, on_ready=lambda address: print(address, flush=True)))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", code),
+        env={**os.environ, "SLUICE_DATA": str(data), **environment},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    try:
+        yield process, (await process.stdout.readline()).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def test_process_serves_the_folder_and_ends_cleanly_on_sigterm(mnist_folder: Path, dataset: Dataset) -> None:
+    async with streamer_process(mnist_folder) as (process, address):
+        async with SampleClient(address) as client:
+            await client.wait_ready(timeout_seconds=10)
+            (listed,) = await client.datasets()
+        assert listed.splits["train"].fingerprint == dataset.splits["train"].fingerprint
+
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+    assert_nobody_listens(address)
+
+
+async def interrupted(stream: AsyncIterable[T], process: asyncio.subprocess.Process) -> AsyncIterator[T]:
+    """Send SIGTERM after the first message."""
+    is_first = True
+    async for message in stream:
+        if is_first:
+            process.send_signal(signal.SIGTERM)
+        is_first = False
+        yield message
+
+
+async def test_stream_that_outlives_the_drain_is_cut(mnist_folder: Path) -> None:
+    limits = {"SLUICE_STREAMER_DRAIN_SECONDS": "0.2"}
+    served = streamer_process(mnist_folder, **limits)
+    async with served as (process, address), grpc.aio.insecure_channel(address) as channel:
+        stream = mnist_pb2_grpc.MnistServiceStub(channel).GetTrainingSamples(ENDLESS)
+        with pytest.raises(grpc.aio.AioRpcError):
+            _ = [None async for _ in interrupted(stream, process)]
+        assert await process.wait() == 0
+
+
+async def test_taken_port_is_said_before_any_data_is_fetched(server: StreamerServer, tmp_path: Path) -> None:
+    port = int(server.address.rpartition(":")[2])
+
+    with pytest.raises(PortTakenError):
+        await serve(StreamerSettings(port=port, data=None, cache=tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
+
+
+async def test_serve_stops_at_once_when_cancelled(mnist_folder: Path) -> None:
+    ready = asyncio.get_running_loop().create_future()
+    task = asyncio.create_task(serve(StreamerSettings(port=0, data=mnist_folder), on_ready=ready.set_result))
+    address = await ready
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+    assert_nobody_listens(address)
