@@ -1,0 +1,1 @@
+"""The command line: one program over everything else, and the local supervisor. Nothing imports it."""

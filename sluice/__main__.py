@@ -1,0 +1,58 @@
+"""``sluice``: runs a command; what its user can put right becomes one line and an exit status."""
+
+import sys
+
+from sluice.readiness import end_with_parent
+from sluice.supervisor import ERROR_PREFIX
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+# Errors that carry a message for the user, by the package that raises them; imported only when one came up.
+_ROOTS = (
+    ("rpc.settings", "SettingsError", EXIT_USAGE),
+    ("rpc.lifecycle", "PortTakenError", EXIT_FAILED),
+    ("streamer.errors", "StreamerError", EXIT_FAILED),
+    ("gateway.errors", "GatewayError", EXIT_FAILED),
+    ("gateway.client", "ClientError", EXIT_FAILED),
+    ("serving.errors", "ServingError", EXIT_FAILED),
+    ("training.errors", "TrainingError", EXIT_FAILED),
+    ("sluice.supervisor", "ServiceError", EXIT_FAILED),
+)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    end_with_parent()
+    from sluice.commands import app
+
+    try:
+        app(prog_name="sluice")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        status = _status_of(error)
+        if status is None:
+            raise
+        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        sys.exit(status)
+
+
+def _status_of(error: Exception) -> int | None:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        print(
+            f"{ERROR_PREFIX}{error.name} is not installed; pip install 'sluice[all]' brings every part",
+            file=sys.stderr,
+        )
+        sys.exit(EXIT_FAILED)
+    for module, name, status in _ROOTS:
+        # Only a module that is loaded can have raised it.
+        loaded = sys.modules.get(module)
+        if loaded is not None and isinstance(error, getattr(loaded, name)):
+            return status
+    return None
+
+
+if __name__ == "__main__":
+    main()

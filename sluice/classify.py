@@ -1,0 +1,58 @@
+"""``sluice classify``: files in, one line each out."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from gateway.client import Classification, ClientError, ImageClient
+
+_BATCH = 64
+
+
+async def run(files: Sequence[Path], *, server: str, model: str, as_json: bool) -> bool:
+    """
+    Print digit and probability for each file, in order; return whether any failed.
+
+    Raises:
+        gateway.client.ClientError: The gateway cannot be asked at all.
+    """
+    failed = False
+    async with ImageClient(server) as client:
+        for batch in _batches(files):
+            unreadable = {path: error for path in batch if (error := _why_unreadable(path)) is not None}
+            asked = [path for path in batch if path not in unreadable]
+            answers = dict(zip(asked, await client.classify_batch(asked, model=model) if asked else [], strict=True))
+            for path in batch:
+                answer = unreadable.get(path) or answers[path]
+                failed |= isinstance(answer, str | ClientError)
+                _print(path, answer, as_json=as_json)
+    return failed
+
+
+def _print(path: Path, answer: Classification | ClientError | str, *, as_json: bool) -> None:
+    if isinstance(answer, Classification):
+        row = {
+            "file": str(path),
+            "label": answer.label,
+            "name": answer.name,
+            "probability": answer.probability,
+        }
+        print(json.dumps(row) if as_json else f"{path}: {answer.name} ({answer.probability:.1%})")
+    elif as_json:
+        print(json.dumps({"file": str(path), "error": str(answer)}))
+    else:
+        print(f"{path}: {answer}", file=sys.stderr)
+
+
+def _why_unreadable(path: Path) -> str | None:
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _batches(files: Sequence[Path]) -> Iterator[Sequence[Path]]:
+    for start in range(0, len(files), _BATCH):
+        yield files[start : start + _BATCH]

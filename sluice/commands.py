@@ -1,0 +1,157 @@
+"""The commands of ``sluice``. Each imports what it needs when it runs: ``--help`` does not wait for torch."""
+
+import asyncio
+import json
+import sys
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gateway.settings import GatewaySettings
+from rpc import log
+from serving.settings import TritonSettings
+from sluice.options import with_options
+from sluice.readiness import announce
+from sluice.settings import UpSettings
+from streamer.settings import StreamerSettings
+
+app = typer.Typer(
+    help="Train image classifiers from a network stream of samples and serve them over gRPC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if show:
+        print(f"sluice {installed_version('sluice')}")
+        raise typer.Exit
+
+
+@app.command()
+@with_options(UpSettings)
+def up(settings: UpSettings) -> None:
+    """Start Triton, streamer and gateway; Ctrl-C stops all of it."""
+    from sluice.line import run_until_interrupted
+
+    asyncio.run(run_until_interrupted(settings, report=lambda line: print(line, flush=True)))
+
+
+@app.command()
+def demo(
+    seed: Annotated[int, typer.Option(min=0, help="Seeds weights and the order of the samples.")] = 0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for training, about.")] = 3.0,
+) -> None:
+    """Train on the stream, serve, classify real digits; ends by itself. SLUICE_DATA=FOLDER takes MNIST from there."""
+    from sluice.demo import run
+
+    asyncio.run(run(seed=seed, minutes=minutes))
+
+
+@app.command()
+@with_options(StreamerSettings)
+def streamer(settings: StreamerSettings) -> None:
+    """Stream training samples over gRPC."""
+    from streamer.server import serve
+
+    log.configure(settings.log_level)
+    asyncio.run(serve(settings, on_ready=announce))
+
+
+@app.command()
+@with_options(GatewaySettings)
+def gateway(settings: GatewaySettings) -> None:
+    """Classify images over gRPC, in front of Triton."""
+    from gateway.server import serve
+
+    log.configure(settings.log_level)
+    asyncio.run(serve(settings, on_ready=announce))
+
+
+@app.command()
+@with_options(TritonSettings)
+def triton(settings: TritonSettings) -> None:
+    """Run a Triton Inference Server without a container; installs it on first use."""
+    from sluice.line import run_triton
+
+    asyncio.run(run_triton(settings, on_ready=announce, report=_say))
+
+
+@data.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Name of the data set; mnist is known.")] = "mnist",
+    folder: Annotated[Path | None, typer.Option("--data", help="Folder of IDX files to check instead.")] = None,
+) -> None:
+    """Get a data set into the local cache and say what it holds."""
+    from rpc.settings import load
+    from streamer.datasets import find
+    from streamer.source import load as read
+
+    settings = load(StreamerSettings, data=folder)
+
+    async def run() -> None:
+        files = await find(name, data=settings.data, cache=settings.cache, report=_say, refresh=True)
+        dataset = await read(files)
+        for split in dataset.splits.values():
+            print(f"{name} {split.name}: {split.num_samples:,} images in {files.folder}")
+
+    asyncio.run(run())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="Named run to start from: mnist or smoke.")] = "mnist",
+    streamer: Annotated[str | None, typer.Option(help="Address of the streamer, host:port.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds weights and the order of the samples.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Exactly this many epochs, however long they take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time to fill with whole epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    triton: Annotated[
+        str | None,
+        typer.Option(help="Triton to load the new version, host:port; by default one that answers here."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Train on the stream and publish the next version; Triton loads it where it runs."""
+    from sluice.training import TrainOptions, run
+
+    options = TrainOptions(
+        recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton
+    )
+    result = run(options, report=_say)
+    print(json.dumps(result.as_json()) if as_json else result.as_text())
+
+
+@app.command()
+def classify(
+    files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG, BMP, GIF, WebP, TIFF or PGM.")],
+    server: Annotated[str, typer.Option(help="Address of the gateway, host:port.")] = "localhost:50051",
+    model: Annotated[str, typer.Option(help="Model name; the server's default when not given.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
+) -> None:
+    """Print digit and probability for each file; exits 1 when one of them cannot be read."""
+    from sluice.classify import run
+
+    failed = asyncio.run(run(files, server=server, model=model, as_json=as_json))
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is missing here and what to do about it; exits 1 when something is."""
+    from sluice.doctor import examine, render
+
+    findings = examine()
+    render(findings)
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)

@@ -1,0 +1,115 @@
+"""``sluice doctor``: what is missing here and what to do about it."""
+
+import importlib.util
+import shutil
+import socket
+
+from rich.console import Console
+from rich.table import Table
+
+from gateway.settings import GatewaySettings
+from rpc.settings import Settings, load, variable_of
+from serving import host
+from serving.host import Finding
+from serving.settings import TritonSettings
+from sluice.line import has_version
+from streamer.datasets import cached
+from streamer.errors import DataError
+from streamer.settings import StreamerSettings
+
+_NEEDED_BYTES = 3 * 2**30
+
+
+def examine() -> list[Finding]:
+    """Look at everything the line needs here; changes nothing."""
+    triton = load(TritonSettings)
+    return [
+        *host.examine(triton.cache),
+        *_packages(),
+        *_ports(triton),
+        _data(load(StreamerSettings)),
+        _model(triton),
+        _disk(triton),
+    ]
+
+
+def render(findings: list[Finding]) -> None:
+    """Print one row a finding, and what to do about those that are not well."""
+    console = Console()
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for overflow in ("ignore", "fold", "fold"):
+        table.add_column(overflow=overflow)
+    for finding in findings:
+        table.add_row("[green]ok[/]" if finding.ok else "[red]missing[/]", finding.name, finding.detail)
+        if finding.remedy:
+            table.add_row("", "", f"-> {finding.remedy}")
+    console.print(table, highlight=False)
+
+
+def _packages() -> list[Finding]:
+    parts = {
+        "gateway": ("PIL", "tritonclient"),
+        "streamer": ("aiofiles", "httpx"),
+        "training": ("torch", "safetensors"),
+    }
+    findings = []
+    for part, modules in parts.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        remedy = f"pip install 'sluice[{part}]'" if missing else None
+        findings.append(_finding(f"packages of {part}", not missing, ", ".join(missing or modules), remedy))
+    return findings
+
+
+def _ports(triton: TritonSettings) -> list[Finding]:
+    gateway, streamer = load(GatewaySettings), load(StreamerSettings)
+    wanted: list[tuple[Settings, str, str]] = [
+        (gateway, "port", "gateway"),
+        (streamer, "port", "streamer"),
+        (triton, "grpc_port", "Triton gRPC"),
+        (triton, "http_port", "Triton HTTP"),
+        (triton, "metrics_port", "Triton metrics"),
+    ]
+    return [_port(settings, field, name) for settings, field, name in wanted]
+
+
+def _port(settings: Settings, field: str, name: str) -> Finding:
+    port = getattr(settings, field)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            remedy = f"`sluice up` may be running; else choose another with {variable_of(type(settings), field)}"
+            return _finding(f"port of {name}", False, f"{port} is taken", remedy)
+    return _finding(f"port of {name}", True, f"{port} is free", None)
+
+
+def _data(settings: StreamerSettings) -> Finding:
+    try:
+        files = cached("mnist", data=settings.data, cache=settings.cache)
+    except DataError as error:
+        return _finding("MNIST", False, str(error), "put SLUICE_DATA right, or unset it")
+    if files is None:
+        return _finding("MNIST", True, "not here yet; fetched on first use", None)
+    if files.is_small:
+        return _finding(
+            "MNIST", True, f"small set of 5,000 in {files.folder}", "`sluice data fetch` looks for all 70,000"
+        )
+    return _finding("MNIST", True, str(files.folder), None)
+
+
+def _model(settings: TritonSettings) -> Finding:
+    if has_version(settings.model_repository):
+        return _finding("model", True, f"in {settings.model_repository}", None)
+    return _finding("model", True, "none yet", "`make demo` or `sluice train` makes one")
+
+
+def _disk(settings: TritonSettings) -> Finding:
+    folder = next(folder for folder in (settings.cache, *settings.cache.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(folder).free
+    ok = free > _NEEDED_BYTES
+    return _finding("disk", ok, f"{free / 2**30:.0f} GiB free at {folder}", None if ok else "make 3 GiB free")
+
+
+def _finding(name: str, ok: bool, detail: str, remedy: str | None = None) -> Finding:
+    return Finding(name=name, ok=ok, detail=detail, remedy=remedy)
