@@ -18,9 +18,9 @@ $(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Sluice needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv here: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing what requirements/lock.txt pins into $(VENV) (a few minutes the first time)"
-	@$(PIP) install --quiet -r requirements/lock.txt
-	@$(BIN)/python requirements/has_torch.py || $(PIP) install --quiet -r requirements/torch.txt
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install -qq -r requirements/lock.txt
+	@$(BIN)/python requirements/has_torch.py || $(PIP) install -qq -r requirements/torch.txt
+	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
 	@$(PIP) check
 	@touch $@
 

@@ -80,7 +80,7 @@ async def run(*, seed: int, minutes: float) -> None:
         gateway = await supervisor.start(gateway_service(settings, triton))
         async with ImageClient(gateway) as client:
             await client.wait_ready(timeout_seconds=_SERVING_SECONDS)
-            console.print(f"Triton {triton} runs the model; the gateway {gateway} answers for it")
+            say(f"Triton {triton} runs the model; the gateway {gateway} answers for it")
             _head(console, 4, f"{len(labels):,} test images as PNG files through the gateway, {_CALLERS} callers")
             answers, seconds = await _classify(console, client, images, labels)
     _report(console, answers, seconds)
@@ -163,12 +163,14 @@ def _report(console: Console, answers: Sequence[Answer], seconds: float) -> None
         counts[answer.truth, answer.said.label] += 1
     right = int(np.trace(counts))
     console.print(f"[bold]Accuracy through the gateway: {right / len(answers):.2%}[/] ({right:,} of {len(answers):,})")
+    console.print("\nConfusion matrix, rows true and columns predicted:")
     console.print(picture.confusion(counts, names), highlight=False)
     p50, p95, p99 = np.percentile([answer.seconds for answer in answers], [50, 95, 99]) * 1000
     console.print(
         f"\nLatency p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms; {len(answers) / seconds:,.0f} images/s "
         f"with {_CALLERS} callers on {len(os.sched_getaffinity(0))} cores, the client's share included",
         highlight=False,
+        soft_wrap=True,
     )
     misread = sorted(
         (answer for answer in answers if answer.truth != answer.said.label),

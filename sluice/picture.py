@@ -37,7 +37,7 @@ def confusion(counts: npt.NDArray[np.int64], names: list[str]) -> Table:
         counts: [K, K].
         names: By class, K of them.
     """
-    table = Table(title="Confusion matrix: rows are true, columns predicted", box=None, title_justify="left")
+    table = Table(box=None)
     table.add_column("", style="bold", justify="right")
     for name in names:
         table.add_column(name, justify="right", header_style="bold")
