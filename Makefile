@@ -59,7 +59,7 @@ lock: setup ## Choose the versions in requirements/lock.txt anew
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/lock.txt pyproject.toml
 	sed -i -e '/^sluice @/d' -e '/considered to be unsafe/,$$d' requirements/lock.txt
 
-dist: ## Pack the committed sources into dist/sluice-VERSION.tar.gz
+dist: setup ## Pack the committed sources into dist/sluice-VERSION.tar.gz
 	@mkdir -p dist
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1); \
 	  git archive --format=tar.gz --prefix=sluice-$$version/ -o dist/sluice-$$version.tar.gz HEAD && ls -sh dist/sluice-$$version.tar.gz

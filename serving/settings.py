@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -40,11 +41,16 @@ class TritonSettings(Settings):
     stop_grace_seconds: float = Field(10.0, ge=0, le=600)
     """How long requests in flight and unloading may take at the end; 0 kills at once."""
 
-    intra_op_threads: int = Field(2, ge=1, le=256)
-    """Threads one forward pass may use on the CPU, in each model instance."""
+    intra_op_threads: int = Field(default_factory=lambda: _cores_at_most(4), ge=1, le=256)
+    """Threads one forward pass may use on the CPU, in each model instance; by default the cores there are, up to 4."""
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
         if len({self.http_port, self.grpc_port, self.metrics_port}) < 3:
             raise ValueError("http_port, grpc_port and metrics_port have to be three different ports")
         return self
+
+
+def _cores_at_most(most: int) -> int:
+    # Measured on 2 cores, 64 callers: 2 threads answer a third more than 1, with the caller on the same cores.
+    return min(len(os.sched_getaffinity(0)), most)

@@ -29,6 +29,7 @@ _TAIL_LINES = 12
 _STUB_TIMEOUT_SECONDS = 90
 # What the keeper may need beyond the grace it gives: killing, reaping, sweeping.
 _KEEPER_SECONDS = 5.0
+_PORT_RETRY_SECONDS = 0.02
 _VERSION = re.compile(r"[1-9][0-9]*")
 
 
@@ -184,9 +185,8 @@ class EmbeddedTriton:
         ]
 
     async def _wait_live(self) -> None:
-        seconds = self._settings.ready_timeout_seconds
         async with TritonControl(self.address) as control:
-            live = asyncio.create_task(control.wait_live(seconds))
+            live = asyncio.create_task(self._live(control))
             ended = asyncio.create_task(self.wait())
             try:
                 await asyncio.wait({live, ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -200,6 +200,18 @@ class EmbeddedTriton:
                 live.cancel()
                 ended.cancel()
                 await asyncio.wait({live, ended})
+
+    async def _live(self, control: TritonControl) -> None:
+        seconds = self._settings.ready_timeout_seconds
+        await control.wait_live(seconds)
+        try:
+            async with asyncio.timeout(seconds):
+                # Triton opens these some 50 ms after gRPC; who reads its metrics at once shall find them.
+                for port in (self._settings.http_port, self._settings.metrics_port):
+                    while not await _accepts(self._settings.host, port):  # noqa: ASYNC110 - no event tells of it
+                        await asyncio.sleep(_PORT_RETRY_SECONDS)
+        except TimeoutError as error:
+            raise ControlError(f"Triton does not listen on its HTTP ports after {seconds:g} s") from error
 
     def _tail(self) -> str:
         """Return the end of what this start has logged, as the rest of a message."""
@@ -248,6 +260,17 @@ def require_free_ports(settings: TritonSettings) -> None:
                 ) from error
             reason = error.strerror or error
             raise TritonStartError(f"cannot listen on {address}: {reason} (SLUICE_TRITON_HOST)") from error
+
+
+async def _accepts(host: str, port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return True
 
 
 async def _warn_of_failures(control: TritonControl) -> None:

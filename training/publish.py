@@ -155,8 +155,9 @@ output [
   {{ name: "embedding__1" data_type: TYPE_FP32 dims: [ {embedding} ] }}
 ]
 instance_group [ {{ kind: KIND_AUTO }} ]
-# Nothing else of the queue policy: with it, 2.51.0 stops prefetching and throughput decays (server#8870).
-dynamic_batching {{ max_queue_delay_microseconds: 500 }}
+# No delay: batches form while others run, and waiting for more only cost throughput where it was measured.
+# No queue policy either: with it, 2.51.0 stops prefetching and throughput decays (server#8870).
+dynamic_batching {{ }}
 # The default, latest 1, would drop the running version before the gateway has routed away from it.
 version_policy {{ latest {{ num_versions: 3 }} }}
 # TorchScript specialises on the first shapes it sees: a version takes traffic only after both ends were run.

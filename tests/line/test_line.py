@@ -70,11 +70,12 @@ async def test_calls_at_once_are_run_in_batches(line: Line, digits: Split) -> No
     async with TritonControl(line.address("triton-grpc")) as control:
         before = await control.statistics("mnist")
         await asyncio.gather(*(control.infer("mnist", image[None, None]) for image in digits.images[:64]))
-        after = await control.statistics("mnist")
-
-    # The gateway's probe may have come in between.
+        # Triton counts a batch a moment after it has answered it; the gateway's probe may have come in between.
+        async with asyncio.timeout(30):
+            while (after := await control.statistics("mnist")).inferences < before.inferences + 64:
+                pass  # each turn is a request
     inferences, executions = after.inferences - before.inferences, after.executions - before.executions
-    assert inferences >= 64
+
     assert executions < inferences / 3
 
 

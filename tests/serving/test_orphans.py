@@ -39,9 +39,12 @@ class Stubs:
 
     def start(self, prefix: str, program: str | None = None) -> subprocess.Popen[bytes]:
         # sh keeps the further arguments in its command line, where a stub has its region's name.
-        line = [program or str(self._program), "-c", "read line", f"{prefix}region"]
-        process = subprocess.Popen(line, executable="/bin/sh", stdin=subprocess.PIPE)
+        line = [program or str(self._program), "-c", "echo up; read line", f"{prefix}region"]
+        process = subprocess.Popen(line, executable="/bin/sh", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._processes.append(process)
+        # For an instant after exec a process has no command line at all.
+        assert process.stdout is not None
+        process.stdout.readline()
         return process
 
     def end(self) -> None:
