@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc.address import is_loopback
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
@@ -98,6 +99,10 @@ _CHANNEL_OPTIONS = (
 # Trailing metadata of the gateway's own errors; what fails on the way there has none.
 _REASON_KEY = "sluice-reason"
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# Of a refusal that does not say when to try again: grpc's own limit on concurrent calls.
+_PUSHBACK_SECONDS = 1.0
+# How grpc's words for a message above the limit end, which it gives the status of an overload.
+_TOO_LARGE = "larger than max"
 
 # One call of classify_batch; more images leave in several calls, one after the other.
 _CALL_IMAGES = 256
@@ -136,6 +141,10 @@ class ImageError(InvalidInputError):
     def __init__(self, message: str, *, index: int) -> None:
         super().__init__(message)
         self.index = index
+
+
+class _TooLargeError(InvalidInputError):
+    """The request is above the gateway's message limit; with fewer images it may be below."""
 
 
 class OverloadedError(ClientError):
@@ -229,7 +238,9 @@ class ImageClient:
         self._open_channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
-        self._open_channel = grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS)
+        # Without it, http_proxy in the environment takes even the calls to this machine.
+        proxy = ("grpc.enable_http_proxy", int(not is_loopback(self.address)))
+        self._open_channel = grpc.aio.insecure_channel(self.address, options=(*_CHANNEL_OPTIONS, proxy))
         self._stub = image_service_pb2_grpc.ImageServiceStub(self._open_channel)
         return self
 
@@ -299,29 +310,24 @@ class ImageClient:
         timeout_seconds: float | None = None,
     ) -> list[Classification | ImageError]:
         """
-        Classify any number of images; one that cannot be read becomes an :class:`ImageError` in its place.
+        Classify any number of images; one the gateway cannot read becomes an :class:`ImageError` in its place.
 
-        They leave in calls of up to 256 images or 8 MiB, one after the other; ``timeout_seconds`` is for each.
+        They leave in calls of up to 256 images or 8 MiB, one after the other; ``timeout_seconds`` is for each. What
+        is above the gateway's message limit is parted further; an image above it alone cannot be read.
         Arguments and errors are those of :meth:`classify`.
 
         Returns:
             As many answers as images, in their order.
         """
-        stub = self._connected()
+        self._connected()
+        options = pb.ClassifyBatchRequest(
+            model=self._model if model is None else model,
+            model_version=_checked("version", self._version if version is None else version),
+            top_k=_checked("top_k", top_k),
+        )
         answers: list[Classification | ImageError] = []
         async for messages in _calls(images, polarity, framing):
-            request = pb.ClassifyBatchRequest(
-                images=messages,
-                model=self._model if model is None else model,
-                model_version=_checked("version", self._version if version is None else version),
-                top_k=_checked("top_k", top_k),
-            )
-            response = await self._call(stub.ClassifyBatch, request, timeout_seconds)
-            for result in response.results:
-                if result.code:
-                    answers.append(ImageError(result.error, index=len(answers)))
-                else:
-                    answers.append(_classification(result.top, response.model, response.model_version))
+            answers += await self._classify_part(messages, len(answers), options, timeout_seconds)
         return answers
 
     async def models(self, *, timeout_seconds: float | None = None) -> list[Model]:
@@ -354,6 +360,7 @@ class ImageClient:
         Raises:
             ModelUnavailableError: In time the gateway was reached, but was not ready.
             ServerUnreachableError: In time nobody answered at the address.
+            OverloadedError: The gateway tells its readiness to as many as it may.
         """
         self._connected()
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
@@ -390,6 +397,27 @@ class ImageClient:
             # The gateway ended it, because it drains or died; wait_for_ready covers the time until it is back.
             await asyncio.sleep(_REOPEN_SECONDS)
 
+    async def _classify_part(
+        self, messages: Sequence[pb.Image], start: int, options: pb.ClassifyBatchRequest, timeout_seconds: float | None
+    ) -> list[Classification | ImageError]:
+        """Classify the images from place ``start`` on in one call, or in halves where they are too large for one."""
+        request = pb.ClassifyBatchRequest(images=messages)
+        request.MergeFrom(options)
+        try:
+            response = await self._call(self._connected().ClassifyBatch, request, timeout_seconds)
+        except _TooLargeError as error:
+            if len(messages) == 1:
+                return [ImageError(f"images[{start}]: {error}", index=start)]
+            half = len(messages) // 2
+            first = await self._classify_part(messages[:half], start, options, timeout_seconds)
+            return first + await self._classify_part(messages[half:], start + half, options, timeout_seconds)
+        return [
+            ImageError(result.error, index=index)
+            if result.code
+            else _classification(result.top, response.model, response.model_version)
+            for index, result in enumerate(response.results, start)
+        ]
+
     async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         call = method(request, timeout=seconds)
@@ -421,8 +449,13 @@ class ImageClient:
             case grpc.StatusCode.RESOURCE_EXHAUSTED if _PUSHBACK_KEY in metadata:
                 pushback = float(metadata[_PUSHBACK_KEY]) / 1000
                 return OverloadedError(details, retry_after_seconds=pushback)
+            case grpc.StatusCode.RESOURCE_EXHAUSTED if _TOO_LARGE in details:
+                return _TooLargeError(f"the gateway at {self.address} refused the request's size: {details}")
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
-                return InvalidInputError(f"the gateway at {self.address} refused the request's size: {details}")
+                return OverloadedError(
+                    f"the gateway at {self.address} takes no more calls now: {details}",
+                    retry_after_seconds=_PUSHBACK_SECONDS,
+                )
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return DeadlineError(f"no answer from {self.address} within {seconds:g} s; raise timeout_seconds")
             case grpc.StatusCode.UNIMPLEMENTED:

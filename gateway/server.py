@@ -20,15 +20,16 @@ from gateway.servicer import ImageServicer
 from gateway.settings import GatewaySettings
 from gateway.triton import Triton
 from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
-from rpc.health import Health
+from rpc.address import joined
+from rpc.health import MAX_WATCHERS, Health
 from rpc.interceptor import Guard
 from rpc.lifecycle import bind, run_until_signalled
 
 SERVICE = image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
 """Name of the service in health checks and reflection."""
 
-# Health checks and watches beside the calls that admission counts.
-_SPARE_RPCS = 256
+# Health watches, and checks and reflection, beside the calls that admission counts.
+_SPARE_RPCS = MAX_WATCHERS + 128
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
 _LEFT_CALLS_SECONDS = 2.0
 
@@ -86,7 +87,7 @@ class GatewayServer:
             maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
         )
         port = bind(server, settings.host, settings.port, option="--port or SLUICE_GATEWAY_PORT")
-        self.address = f"[{settings.host}]:{port}" if ":" in settings.host else f"{settings.host}:{port}"
+        self.address = joined(settings.host, port)
         self.grpc_server = server
 
         # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel.

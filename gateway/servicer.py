@@ -118,7 +118,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         """Classify one image."""
         if not request.HasField("image"):
             raise InvalidRequestError("image", "missing; give encoded or raw")
-        model = await self._find(request)
+        model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
         with self._admission.enter(1) as slot:
             try:
@@ -136,7 +136,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             raise InvalidRequestError(
                 "images", f"{len(request.images)} images; allowed are 1..{self._max_batch_images}"
             )
-        model = await self._find(request)
+        model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
         with self._admission.enter(len(request.images)) as slot:
             read = await self._read_all(request.images, model.card)
@@ -182,13 +182,6 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
     async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
         """Answer UNIMPLEMENTED."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"Compare is {_NOT_HERE}")
-
-    async def _find(self, request: pb.ClassifyRequest | pb.ClassifyBatchRequest) -> ServedVersion:
-        if request.model_version < 0:
-            raise InvalidRequestError(
-                "model_version", f"{request.model_version}; allowed are 0 for the default, or a served version"
-            )
-        return await self._catalog.find(request.model, request.model_version)
 
     async def _infer(
         self,

@@ -37,7 +37,7 @@ class GatewaySettings(Settings):
     max_image_bytes: int = Field(16 * _MEBI, ge=1, le=1024 * _MEBI)
     """Largest encoded image in bytes."""
     max_pixels: int = Field(16 * _MEBI, ge=28 * 28, le=64 * _MEBI)
-    """Most pixels an image may have, by its header; decoding takes up to 5 bytes for each."""
+    """Most pixels an image may have, by its header; decoding, in each thread, takes up to 13 bytes for each."""
     max_batch_images: int = Field(1024, ge=1, le=65536)
     """Most images in one ClassifyBatch."""
     max_in_flight: int = Field(2048, ge=1, le=1_000_000)

@@ -47,6 +47,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # http_proxy is for the world outside.
+    ("grpc.enable_http_proxy", 0),
 )
 
 

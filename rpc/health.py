@@ -7,6 +7,9 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+MAX_WATCHERS = 128
+"""Watches open at once on one server; a server that bounds its calls leaves room for more than these."""
+
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -15,7 +18,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     Check and Watch.
 
     Unlike grpcio-health-checking's aio servicer, a watcher that does not read delays nobody, and one that leaves
-    does not silence the others; while draining, watches end, so that they do not hold up the drain.
+    does not silence the others; while draining, watches end, so that they do not hold up the drain. As they never
+    end otherwise, there are at most :data:`MAX_WATCHERS`.
 
     Args:
         services: Names that share the status; ``""`` stands for the server as a whole.
@@ -26,6 +30,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self._is_serving = False
         self._is_draining = False
         self._changed = asyncio.Event()
+        self._num_watchers = 0
 
     @property
     def is_serving(self) -> bool:
@@ -54,19 +59,28 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         return self._status(request.service)
 
     async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:
-        """Send the status now and at each change."""
+        """Send the status now and at each change; RESOURCE_EXHAUSTED where too many watch already."""
+        if self._num_watchers >= MAX_WATCHERS:
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"health has {MAX_WATCHERS} watchers and takes no more; end one, or ask with Check",
+            )
+        self._num_watchers += 1
         told = None
-        while True:
-            # Taken before the status is read: a change in between then wakes at once.
-            changed = self._changed
-            status = self._status(request.service)
-            if status != told:
-                yield status
-                told = status
-            elif self._is_draining:
-                return
-            else:
-                await changed.wait()
+        try:
+            while True:
+                # Taken before the status is read: a change in between then wakes at once.
+                changed = self._changed
+                status = self._status(request.service)
+                if status != told:
+                    yield status
+                    told = status
+                elif self._is_draining:
+                    return
+                else:
+                    await changed.wait()
+        finally:
+            self._num_watchers -= 1
 
     def _status(self, service: str) -> Any:
         status = health_pb2.HealthCheckResponse

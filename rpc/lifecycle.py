@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import grpc
 import structlog
 
+from rpc.address import joined
+
 log = structlog.get_logger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -31,7 +33,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
     Raises:
         PortTakenError: The address cannot be bound.
     """
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    address = joined(host, port)
     try:
         _try(host, port)
         bound = server.add_insecure_port(address)

@@ -3,7 +3,25 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from streamer.errors import CacheError
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """
+    Make or fill a folder of the cache inside.
+
+    Raises:
+        CacheError: In place of the OSError that ended it.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(folder, error.strerror or str(error)) from error
 
 
 def write_file(target: Path, content: bytes) -> None:

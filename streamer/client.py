@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
+from rpc.address import is_loopback
 from streamer.checksum import batch_checksum
 from streamer.errors import (
     DataChangedError,
@@ -146,7 +147,8 @@ class SampleClient:
         self._channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
-        self._channel = grpc.aio.insecure_channel(self._address, options=_options(self._max_message_bytes))
+        options = _options(self._address, self._max_message_bytes)
+        self._channel = grpc.aio.insecure_channel(self._address, options=options)
         return self
 
     async def __aexit__(
@@ -512,7 +514,7 @@ def _plan_message(plan: Plan) -> pb.Plan:
     )
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+def _options(address: str, max_message_bytes: int) -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
         # A streamer whose machine is gone is noticed within 30 s.
@@ -525,4 +527,6 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
         ("grpc.max_reconnect_backoff_ms", 1_000),
         # Clients in one process have a connection each: one core serves one connection.
         ("grpc.use_local_subchannel_pool", 1),
+        # Without it, http_proxy in the environment takes even the calls to this machine.
+        ("grpc.enable_http_proxy", int(not is_loopback(address))),
     ]

@@ -1,6 +1,7 @@
 """Where the files of a data set come from: a given folder, the cache, an official mirror, or a small set."""
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +37,7 @@ async def find(name: str, *, data: Path | None, cache: Path, report: Report, ref
         UnknownDatasetError: No data set of that name.
         DataError: A file of ``data`` is missing.
         NoDataError: No source has it; lists what each one answered.
+        CacheError: The cache cannot be written to.
     """
     known = declaration_of(name)
     here = await asyncio.to_thread(cached, name, data=data, cache=cache)
@@ -148,9 +150,10 @@ def _existing(folder: Path, name: str) -> Path:
     # Some copies are spelt train-images.idx3-ubyte.
     for stem in (name, name.replace("-idx", ".idx")):
         for spelling in (f"{stem}.gz", stem):
-            if (folder / spelling).is_file():
+            # Unlike Path.is_file, no error where the folder may not be looked into.
+            if os.path.isfile(folder / spelling):
                 return folder / spelling
-    found = "no such file" if folder.is_dir() else "no such folder"
+    found = "no such file" if os.path.isdir(folder) else "no such folder"
     raise DataError(folder / name, expected="an IDX file of this name, with or without .gz", found=found)
 
 

@@ -51,6 +51,21 @@ class NoDataError(StreamerError):
         )
 
 
+class CacheError(StreamerError):
+    """
+    The cache cannot be written to.
+
+    Attributes:
+        folder: The one that was to be filled.
+    """
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        self.folder = folder
+        super().__init__(
+            f"cannot write to {folder}: {problem}; the cache needs a folder of yours with room, set SLUICE_CACHE to one"
+        )
+
+
 class PlanError(StreamerError):
     """A request cannot be served as it stands."""
 

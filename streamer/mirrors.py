@@ -28,14 +28,17 @@ async def download(mirror: str, folder: Path, known: Declaration) -> None:
 
     Raises:
         MirrorError: The mirror does not answer within 5 s, stops sending for 30 s, or sends something else.
+        CacheError: ``folder`` cannot be made or written to.
     """
-    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    with atomic.filling(folder):
+        await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     missing = await asyncio.to_thread(_missing, folder, known)
     async with httpx.AsyncClient(timeout=_TIMEOUT, follow_redirects=True) as client:
         with _progress_bar() as bar:
             for name in missing:
                 raw = await _fetch(client, mirror, name, known, bar)
-                await asyncio.to_thread(atomic.write_file, folder / f"{name}.gz", raw)
+                with atomic.filling(folder):
+                    await asyncio.to_thread(atomic.write_file, folder / f"{name}.gz", raw)
 
 
 def _missing(folder: Path, known: Declaration) -> list[str]:

@@ -12,6 +12,7 @@ from grpc_reflection.v1alpha import reflection
 from protos import mnist_pb2
 from protos.streamer.v1 import sample_service_pb2 as pb
 from rpc import lifecycle
+from rpc.address import joined
 from rpc.health import Health
 from rpc.interceptor import Guard
 from streamer import datasets, source
@@ -100,8 +101,7 @@ class StreamerServer:
     def address(self) -> str:
         """``host:port`` to connect to; known once bound."""
         assert self._port is not None
-        host = self._settings.host
-        return f"[{host}]:{self._port}" if ":" in host else f"{host}:{self._port}"
+        return joined(self._settings.host, self._port)
 
     @property
     def active_streams(self) -> int:

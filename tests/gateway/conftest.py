@@ -83,3 +83,11 @@ def digit() -> NDArray[np.uint8]:
     left = round(14 - float(small.sum(axis=0) @ columns) / float(small.sum()))
     framed[top : top + 20, left : left + 20] = small
     return framed
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines whose only way out is a proxy; this one takes no connection."""
+    for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -25,6 +26,7 @@ from gateway.client import (
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
 from gateway.testing import FakeTriton, label_of
+from rpc.health import Health
 
 MODES = ("LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")
 
@@ -104,6 +106,24 @@ async def test_batch_is_answered_in_order_with_errors_in_their_place(client: Ima
         elif index != 1099:
             assert isinstance(answer, Classification)
             assert answer.label == label_of(image)
+
+
+async def test_image_above_the_message_limit_fails_alone_in_its_batch(settings: GatewaySettings) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), np.uint8)
+    given: list[Any] = [*images]
+    given[13] = np.zeros((100, 100), np.uint8)
+    small = settings.model_copy(update={"max_message_bytes": 4096})
+    async with GatewayServer(small) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        answers = await client.classify_batch(given, polarity="light_on_dark")
+        for index, (image, answer) in enumerate(zip(images, answers, strict=True)):
+            if index == 13:
+                assert isinstance(answer, ImageError)
+                assert answer.index == 13
+                assert "refused the request's size" in str(answer)
+            else:
+                assert isinstance(answer, Classification)
+                assert answer.label == label_of(image)
 
 
 async def test_empty_batch_has_no_answers(client: ImageClient) -> None:
@@ -218,6 +238,32 @@ async def test_overload_says_when_to_try_again(
 
         assert 0.01 <= refused.value.retry_after_seconds <= 5
         assert (await first).label == label_of(digit)
+
+
+async def test_limit_of_concurrent_calls_is_an_overload() -> None:
+    server = grpc.aio.server(maximum_concurrent_rpcs=1)
+    health_pb2_grpc.add_HealthServicer_to_server(Health([""]), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(address) as channel, ImageClient(address) as client:
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            await watch.read()
+            with pytest.raises(OverloadedError, match="no more calls now: Concurrent RPC limit exceeded") as refused:
+                await client.wait_ready()
+            watch.cancel()
+    finally:
+        await server.stop(None)
+
+    assert refused.value.retry_after_seconds == 1
+
+
+async def test_calls_to_this_machine_take_no_proxy(
+    gateway: GatewayServer, dead_proxy: None, digit: NDArray[np.uint8]
+) -> None:
+    async with ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        assert (await client.classify(digit)).label == label_of(digit)
 
 
 async def test_cancelling_a_call_cancels_it_at_the_gateway(

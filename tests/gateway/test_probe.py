@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.client import ImageClient, ModelUnavailableError
 from gateway.server import SERVICE, GatewayServer
@@ -54,15 +55,18 @@ async def test_not_serving_without_a_model_and_serving_when_it_comes(watch: Any,
 
 
 async def test_probe_that_hangs_is_waited_for_and_not_repeated(settings: GatewaySettings, triton: FakeTriton) -> None:
-    hasty = settings.model_copy(update={"probe_timeout_seconds": 0.1, "probe_interval_seconds": 0.01})
+    hasty = settings.model_copy(update={"probe_timeout_seconds": 0.1, "probe_interval_seconds": 0.0001})
     async with GatewayServer(hasty) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
         call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
         await status(call, SERVING)
         triton.gate.clear()
         await status(call, NOT_SERVING)
         num_hanging = len(triton.received)
-        # Ten intervals in which a second probe could have come.
-        await asyncio.sleep(0.1)
+        # A second probe would take a few round trips to the same server.
+        async with grpc.aio.insecure_channel(triton.address) as to_triton:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(to_triton)
+            for _ in range(50):
+                await stub.RepositoryIndex(service_pb2.RepositoryIndexRequest(ready=True))
         assert len(triton.received) == num_hanging
 
         triton.gate.set()

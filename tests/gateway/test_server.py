@@ -17,6 +17,7 @@ from gateway.server import GatewayServer, serve
 from gateway.settings import GatewaySettings
 from gateway.testing import FakeTriton, label_of
 from protos.gateway.v1 import image_service_pb2 as pb
+from rpc.health import MAX_WATCHERS
 from rpc.lifecycle import PortTakenError
 
 
@@ -90,6 +91,23 @@ async def test_watcher_does_not_hold_up_the_drain(settings: GatewaySettings) -> 
             await gateway.grpc_server.stop(60)
 
         assert await watching.code() is grpc.StatusCode.OK
+
+
+async def test_watchers_leave_room_for_calls(settings: GatewaySettings, digit: NDArray[np.uint8]) -> None:
+    narrow = settings.model_copy(update={"max_in_flight": 1, "max_batch_images": 1})
+    async with (
+        GatewayServer(narrow) as gateway,
+        ImageClient(gateway.address) as client,
+        grpc.aio.insecure_channel(gateway.address) as channel,
+    ):
+        await client.wait_ready()
+        watches = [health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest()) for _ in range(400)]
+        told = await asyncio.gather(*(watch.read() for watch in watches), return_exceptions=True)
+        assert sum(isinstance(one, grpc.aio.AioRpcError) for one in told) == 400 - MAX_WATCHERS
+
+        assert (await client.classify(digit)).label == label_of(digit)
+        for watch in watches:
+            watch.cancel()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

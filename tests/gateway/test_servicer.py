@@ -110,8 +110,8 @@ TRUNCATED = png(np.eye(28, dtype=np.uint8) * 255)[:-20]
         ),
         (
             pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), model_version=-1),
-            INVALID,
-            "model_version: -1; allowed are 0 for the default, or a served version",
+            grpc.StatusCode.NOT_FOUND,
+            "model_version: mnist has no version -1; served are 1",
         ),
         (
             pb.ClassifyRequest(image=picture(np.eye(28, dtype=np.uint8)), model="resnet"),
@@ -160,7 +160,7 @@ async def test_batch_of_a_size_not_allowed(stub: Any, digit: NDArray[np.uint8], 
     ("fields", "code", "message"),
     [
         ({"top_k": 11}, INVALID, "top_k: 11;"),
-        ({"model_version": -3}, INVALID, "model_version: -3;"),
+        ({"model_version": -3}, grpc.StatusCode.NOT_FOUND, "model_version: mnist has no version -3"),
         ({"model": "x" * 10_000}, grpc.StatusCode.NOT_FOUND, "model: no model 'xxx"),
         ({"model_version": 4}, grpc.StatusCode.NOT_FOUND, "model_version: mnist has no version 4"),
     ],

@@ -207,3 +207,10 @@ async def test_ready_versions_fail_when_nobody_listens(adapter: Triton, triton: 
     await triton.stop()
     with pytest.raises(UpstreamUnavailableError, match="cannot be reached"):
         await adapter.ready_versions()
+
+
+@pytest.mark.parametrize("scheme", ["", "ipv4:"])
+async def test_triton_is_reached_without_the_proxy(dead_proxy: None, triton: FakeTriton, scheme: str) -> None:
+    adapter = Triton(scheme + triton.address, control_timeout_seconds=5)
+    assert [found.version for found in await adapter.ready_versions()] == [1]
+    await adapter.close(5)

@@ -6,7 +6,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from rpc.health import Health
+from rpc.health import MAX_WATCHERS, Health
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -76,3 +76,18 @@ async def test_watcher_who_leaves_does_not_silence_the_others(health: Health, he
 
     assert (await second.read()).status == SERVING
     second.cancel()
+
+
+async def test_watcher_above_the_limit_is_refused_until_one_leaves(health_stub: Any) -> None:
+    first, *others = (health_stub.Watch(ask()) for _ in range(MAX_WATCHERS))
+    await asyncio.gather(first.read(), *(call.read() for call in others))
+    with pytest.raises(grpc.aio.AioRpcError, match="health has 128 watchers and takes no more") as refused:
+        await health_stub.Watch(ask()).read()
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    first.cancel()
+    await health_stub.Check(ask())  # the server has seen the cancel when this has come back
+    others.append(health_stub.Watch(ask()))
+    assert (await others[-1].read()).status == NOT_SERVING
+    for call in others:
+        call.cancel()

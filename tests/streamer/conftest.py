@@ -65,3 +65,11 @@ async def large() -> AsyncIterator[StreamerServer]:
     split = make_split("train", images, np.zeros(60_000, np.uint8), num_classes=10)
     async with StreamerServer(StreamerSettings(port=0), [Dataset("mnist", (), {"train": split})]) as server:
         yield server
+
+
+@pytest.fixture
+def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on machines whose only way out is a proxy; this one takes no connection."""
+    for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")

@@ -285,6 +285,11 @@ async def test_wait_ready_returns_once_the_streamer_serves(dataset: Dataset) -> 
     await server.stop()
 
 
+async def test_streamer_on_this_machine_is_reached_without_the_proxy(server: StreamerServer, dead_proxy: None) -> None:
+    async with SampleClient(server.address) as client:
+        assert len(await client.datasets()) == 1
+
+
 async def test_wait_ready_gives_up_on_a_streamer_that_drains(server: StreamerServer, client: SampleClient) -> None:
     server.drain()
 

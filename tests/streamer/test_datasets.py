@@ -16,7 +16,7 @@ import pytest
 
 from streamer import datasets, idx, small, source
 from streamer.declarations import DECLARATIONS, DatasetFiles, Declaration, SmallSource
-from streamer.errors import DataError, NoDataError, UnknownDatasetError
+from streamer.errors import CacheError, DataError, NoDataError, UnknownDatasetError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -228,6 +228,29 @@ async def test_damaged_cache_says_what_to_do_and_refresh_does_it(
     await source.load((await find(tmp_path, refresh=True))[0])
 
 
+@pytest.mark.parametrize(("cache", "problem"), [("file/cache", "Not a directory"), ("x" * 300, "File name too long")])
+async def test_cache_that_cannot_be_written_is_named_with_its_variable(
+    known: Declaration, tmp_path: Path, cache: str, problem: str
+) -> None:
+    (tmp_path / "file").touch()
+
+    with pytest.raises(
+        CacheError, match=f"cannot write to {tmp_path / cache}/datasets/mnist: {problem}; .*SLUICE_CACHE"
+    ):
+        await find(tmp_path / cache)
+
+
+async def test_cache_that_fails_while_it_is_filled_is_named(
+    known: Declaration, mirrors: list[Mirror], contents: dict[str, bytes], tmp_path: Path
+) -> None:
+    mirrors[0].files = pack(contents)
+    taken = tmp_path / "datasets" / "mnist" / f"{NAMES[0]}.gz"
+    taken.mkdir(parents=True)
+
+    with pytest.raises(CacheError, match=r"datasets/mnist: Is a directory; .*SLUICE_CACHE"):
+        await find(tmp_path)
+
+
 # The small set
 
 
@@ -320,6 +343,17 @@ async def test_cached_fetches_nothing(small_set: SmallSource, mirrors: list[Mirr
 
     assert datasets.cached("mnist", data=None, cache=tmp_path) == files
     assert mirrors[0].asked == []
+
+
+@pytest.mark.parametrize("cache", ["file/cache", "."])
+async def test_small_set_that_cannot_be_written_is_named(
+    known: Declaration, small_set: SmallSource, tmp_path: Path, cache: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "mnist-small").touch()
+
+    with pytest.raises(CacheError, match=r"cannot write to .*: Not a directory; .*SLUICE_CACHE"):
+        await small.make(tmp_path / cache / "mnist-small", known, small_set)
 
 
 async def test_package_with_other_content_is_refused(

@@ -1,10 +1,8 @@
 import asyncio
 import os
-import resource
 import signal
 import socket
 import sys
-import time
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -89,16 +87,18 @@ async def test_reader_that_stands_still_holds_up_nobody_and_misses_nothing(large
     asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=512))
     async with grpc.aio.insecure_channel(large.address) as channel, SampleClient(large.address) as fast:
         standing = aiter(SampleServiceStub(channel).StreamBatches(asked))
-        batches, started = [await anext(standing)], time.perf_counter()
+        batches = [await anext(standing)]
         read = sum([len(batch.labels) async for batch in fast.batches(Plan(dataset="mnist", batch_size=512))])
-        stood = time.perf_counter() - started
         assert read == 60_000
         assert large.active_streams == 1, "the streamer has not sent it all"
         batches += [batch async for batch in standing]
 
     assert [index for batch in batches for index in batch.indices] == list(range(60_000))
-    waits = [batch.timings.wait.ToTimedelta().total_seconds() for batch in batches]
-    assert max(waits) > stood / 2, "one batch was ready all that time"
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; its peak would hide what is below an earlier test's."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 async def test_readers_that_stand_still_cost_bounded_memory(large: StreamerServer) -> None:
@@ -106,7 +106,7 @@ async def test_readers_that_stand_still_cost_bounded_memory(large: StreamerServe
     options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_536)]
     asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=512))
     async with grpc.aio.insecure_channel(large.address, options=options) as channel:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident_bytes()
         calls = [SampleServiceStub(channel).StreamBatches(asked) for _ in range(20)]
         for call in calls:
             await call.read()
@@ -114,12 +114,12 @@ async def test_readers_that_stand_still_cost_bounded_memory(large: StreamerServe
         async with SampleClient(large.address) as fast:
             # Time enough to send it all, were nothing to hold it back.
             _ = [None async for _ in fast.batches(Plan(dataset="mnist", batch_size=512))]
-        grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = resident_bytes() - before
         assert large.active_streams == 20
         for call in calls:
             call.cancel()
 
-    assert grown_kib < 100 * 1024, "20 whole epochs would be 940 MB"
+    assert grown < 100 * 1024**2, "20 whole epochs would be 940 MB"
 
 
 async def test_drain_tells_readers_of_batches_where_to_go_on(large: StreamerServer) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from streamer.server import StreamerServer
+from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
 from streamer.source import Dataset
 from tests.streamer.streams import streams_become
@@ -163,6 +165,20 @@ async def test_every_batch_says_where_its_time_went(channel: grpc.aio.Channel) -
         assert 0 < batch.timings.read.ToNanoseconds() < 10**9
         assert batch.timings.HasField("transform")
         assert batch.timings.wait.ToNanoseconds() >= 0
+
+
+async def test_wait_is_how_long_a_ready_batch_was_held_up(dataset: Dataset) -> None:
+    servicer: Any = StreamerServicer(StreamerSettings(), {"mnist": dataset})
+    messages = servicer.StreamBatches(request(), context=None)
+    await anext(messages)
+    # From here on the second one is ready, and nobody takes it.
+    started = time.perf_counter()
+    await asyncio.sleep(0.01)
+    held_up = time.perf_counter() - started
+
+    second = pb.Batch.FromString(await anext(messages))
+    assert second.timings.wait.ToNanoseconds() >= held_up * 10**9
+    await messages.aclose()
 
 
 async def test_seed_shuffles_and_zero_is_a_seed(channel: grpc.aio.Channel) -> None:
