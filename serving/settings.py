@@ -32,7 +32,7 @@ class TritonSettings(Settings):
     cache: Path = Field(default_factory=cache_folder)
     """Folder that the server is installed into, once for all projects of a user."""
 
-    log_file: Path = Path(".sluice/logs/triton.log")
+    log_file: Path = Path(".sluice/logs/tritonserver.log")
     """Where the server's output goes; set aside as ``.1`` at a start that finds it larger than 16 MiB."""
 
     ready_timeout_seconds: float = Field(120.0, gt=0, le=3600)

@@ -14,6 +14,7 @@ from typing import IO, Self
 
 import structlog
 
+from rpc.address import joined
 from serving import keeper, orphans
 from serving.control import TritonControl
 from serving.errors import ControlError, PortTakenError, TritonStartError
@@ -55,7 +56,7 @@ class EmbeddedTriton:
     @property
     def address(self) -> str:
         """``host:port`` of its gRPC protocol."""
-        return _joined(self._settings.host, self._settings.grpc_port)
+        return joined(self._settings.host, self._settings.grpc_port)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -73,11 +74,18 @@ class EmbeddedTriton:
 
         Raises:
             PortTakenError: Something else listens on one of the ports.
-            TritonStartError: There is no model repository, or Triton ended or was not live in time.
+            TritonStartError: There is no model repository, the installation's path holds a space, or Triton ended
+                or was not live in time.
         """
         repository = self._settings.model_repository
         if not repository.is_dir():
             raise TritonStartError(f"there is no model repository {repository} (SLUICE_MODEL_REPOSITORY)")
+        if any(map(str.isspace, str(self._installation.backends))):
+            # Triton's Python backend hands this path to a shell without quotes, and refuses links.
+            raise TritonStartError(
+                f"Triton cannot run from {self._installation.backends}, which has a space in it: "
+                "set SLUICE_CACHE to a folder without one"
+            )
         await orphans.clear(self._settings.stop_grace_seconds + _KEEPER_SECONDS)
         require_free_ports(self._settings)
         try:
@@ -124,6 +132,7 @@ class EmbeddedTriton:
                 # By env(1), so that the keeper's own Python does not get Triton's library path.
                 *("env", *(f"{name}={value}" for name, value in self._environment().items())),
                 *self._command(),
+                cwd=self._settings.model_repository,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -164,7 +173,8 @@ class EmbeddedTriton:
         }
         return [
             str(self._installation.binary),
-            f"--model-repository={settings.model_repository.absolute()}",
+            # Relative, and started in there: the path goes through a shell, unquoted, on its way to the stub.
+            "--model-repository=.",
             f"--backend-directory={self._installation.backends}",
             *(f"--backend-config=python,{name}={value}" for name, value in python.items()),
             # With a model that has no version, --load-model=* would end the server.
@@ -247,7 +257,7 @@ def require_free_ports(settings: TritonSettings) -> None:
     """
     for name in ("http_port", "grpc_port", "metrics_port"):
         port: int = getattr(settings, name)
-        address = _joined(settings.host, port)
+        address = joined(settings.host, port)
         try:
             socket.create_server(
                 (settings.host, port), family=socket.AF_INET6 if ":" in settings.host else socket.AF_INET
@@ -277,10 +287,6 @@ async def _warn_of_failures(control: TritonControl) -> None:
     for state in await control.states():
         if state.reason and state.reason != "unloaded" and not state.ready:
             log.warning("model not loaded", model=state.model, version=state.version, reason=state.reason)
-
-
-def _joined(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _path(*parts: str | None) -> str:

@@ -1,4 +1,4 @@
-import os
+import fnmatch
 import socket
 import warnings
 from collections.abc import AsyncIterator
@@ -66,25 +66,17 @@ def on_free_ports(**settings: Any) -> TritonSettings:
     return TritonSettings(**free_ports(), **settings)
 
 
-def processes_with(text: str) -> list[str]:
-    """Command lines of living processes that hold ``text``."""
+def processes_with(pattern: str) -> list[str]:
+    """Command lines of living processes that hold what the shell pattern stands for."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if text in line:
+        if fnmatch.fnmatchcase(line, f"*{pattern}*"):
             found.append(line)
     return found
-
-
-@pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No settings but the test's own."""
-    for variable in [name for name in os.environ if name.startswith("SLUICE_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")

@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -53,7 +54,7 @@ def left_of(settings: TritonSettings, prefix: str) -> list[str]:
         with socket.socket() as probe:
             if probe.connect_ex((settings.host, port)) == 0:
                 ports.append(f"port {port}")
-    return processes_with(str(settings.model_repository)) + regions + ports
+    return processes_with(prefix) + regions + ports
 
 
 @pytest_asyncio.fixture(loop_scope="session")
@@ -213,10 +214,10 @@ class TestEnd:
 
     @pytest.fixture
     def settings(self, tmp_path: Path) -> TritonSettings:
-        """One model with one version."""
-        add_model(tmp_path / "models", "mnist")
-        add_version(tmp_path / "models", "mnist", 1)
-        return on_free_ports(model_repository=tmp_path / "models", log_file=tmp_path / "triton.log")
+        """One model with one version, in a folder with a space in its name."""
+        add_model(tmp_path / "my models", "mnist")
+        add_version(tmp_path / "my models", "mnist", 1)
+        return on_free_ports(model_repository=tmp_path / "my models", log_file=tmp_path / "triton.log")
 
     async def owner(self, settings: TritonSettings) -> asyncio.subprocess.Process:
         ports = (settings.http_port, settings.grpc_port, settings.metrics_port)
@@ -238,6 +239,14 @@ class TestEnd:
 
         assert await waiting == 0
         assert left_of(settings, triton._prefix) == []
+
+    async def test_installation_in_a_folder_with_a_space_is_refused(
+        self, settings: TritonSettings, installation: Installation
+    ) -> None:
+        elsewhere = dataclasses.replace(installation, backends=Path("/my cache/backends"))
+
+        with pytest.raises(TritonStartError, match="set SLUICE_CACHE to a folder without"):
+            await EmbeddedTriton(settings, elsewhere).start()
 
     async def test_model_that_fails_to_load_is_logged_and_the_rest_served(
         self, settings: TritonSettings, installation: Installation
