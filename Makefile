@@ -1,4 +1,4 @@
-# Sluice: `make` explains the targets. Every one but clean prepares .venv first.
+# Sluice: `make` explains the targets. Every one but help and clean prepares .venv first.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test test-full check format bench protos lock dist clean
 SHELL := /bin/bash
@@ -15,7 +15,7 @@ help: ## Explain the targets
 setup: $(READY) ## Make .venv with what requirements/ pins (once; quick afterwards)
 
 $(READY): requirements/lock.txt requirements/torch.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Sluice needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v[:2] <= (3, 13) else f"Sluice runs on Python 3.11 to 3.13; {sys.executable} is {v.major}.{v.minor}. Try: make PYTHON=python3.11 $(MAKECMDGOALS)")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "No venv here: on Debian, apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing what requirements/lock.txt pins into $(VENV) (a few minutes the first time)"
 	@$(PIP) install -qq -r requirements/lock.txt
@@ -33,14 +33,15 @@ up: setup ## Start Triton, streamer and gateway; Ctrl-C stops all of it
 test: setup ## The tests CI runs, with a real Triton; less than 10 minutes
 	$(BIN)/pytest -m "not slow"
 
-test-full: setup ## All tests, with the long fault and soak runs
+test-full: setup ## All tests, the slow ones too
 	$(BIN)/pytest
 
-check: setup ## Lint, format, types, import directions
+check: setup ## Lint, format, types, import directions, generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/protos
 
 format: setup ## Apply the formatter and the linter's own fixes
 	$(BIN)/ruff check --fix

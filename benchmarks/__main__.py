@@ -16,7 +16,8 @@ from gateway.client import ImageClient
 from rpc.settings import load
 from serving.control import TritonControl
 from serving.settings import TritonSettings
-from sluice.line import gateway_service, has_version, streamer_service, triton_service
+from serving.triton import servable_models
+from sluice.line import gateway_service, streamer_service, triton_service
 from sluice.ports import settings_with_free_ports
 from sluice.supervisor import Supervisor
 from streamer.client import Plan, SampleClient
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 async def main() -> None:
     """Run both comparisons on a line of their own."""
-    if not has_version(load(TritonSettings).model_repository):
+    if not servable_models(load(TritonSettings).model_repository):
         raise SystemExit("no model to measure: `make demo` or `sluice train` makes one")
     settings = settings_with_free_ports()
     # One log line an RPC is the default; at thousands a second it would be what is measured.

@@ -84,17 +84,14 @@ async def _read_bare(address: str, method: str, samples_a_message: int, seconds:
 
 
 def _serve_bare(pipe: Connection) -> None:
-    async def stream(size: int) -> AsyncIterator[bytes]:
-        message = bytes(size)
+    async def batches(_request: bytes, _context: object) -> AsyncIterator[bytes]:
+        message = bytes(BATCH_SIZE * (_SAMPLE_BYTES + 1))
         while True:
             yield message
 
-    async def batches(_request: bytes, _context: object) -> AsyncIterator[bytes]:
-        async for message in stream(BATCH_SIZE * (_SAMPLE_BYTES + 1)):
-            yield message
-
     async def samples(_request: bytes, _context: object) -> AsyncIterator[bytes]:
-        async for message in stream(_SAMPLE_BYTES + 8):
+        message = bytes(_SAMPLE_BYTES + 8)
+        while True:
             yield message
 
     async def run() -> None:

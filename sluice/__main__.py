@@ -31,7 +31,8 @@ def main() -> None:
         app(prog_name="sluice")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:
+    except Exception as raised:
+        error = _first(raised)
         status = _status_of(error)
         if status is None:
             raise
@@ -39,10 +40,17 @@ def main() -> None:
         sys.exit(status)
 
 
+def _first(error: Exception) -> Exception:
+    """Return what a group of concurrent tasks failed with first."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def _status_of(error: Exception) -> int | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
         print(
-            f"{ERROR_PREFIX}{error.name} is not installed; pip install 'sluice[all]' brings every part",
+            f"{ERROR_PREFIX}{error.name} is not installed; pip install '.[all]' in the sources brings every part",
             file=sys.stderr,
         )
         sys.exit(EXIT_FAILED)
@@ -51,7 +59,8 @@ def _status_of(error: Exception) -> int | None:
         loaded = sys.modules.get(module)
         if loaded is not None and isinstance(error, getattr(loaded, name)):
             return status
-    return None
+    # A file or folder that cannot be used; the error names it.
+    return EXIT_FAILED if isinstance(error, OSError) and error.filename else None
 
 
 if __name__ == "__main__":

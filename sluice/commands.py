@@ -43,20 +43,26 @@ def _version(
 @with_options(UpSettings)
 def up(settings: UpSettings) -> None:
     """Start Triton, streamer and gateway; Ctrl-C stops all of it."""
-    from sluice.line import run_until_interrupted
+    from sluice.interruption import run_until_stopped
+    from sluice.line import run
 
-    asyncio.run(run_until_interrupted(settings, report=lambda line: print(line, flush=True)))
+    asyncio.run(run_until_stopped(run(settings, report=lambda line: print(line, flush=True))))
 
 
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seeds weights and the order of the samples.")] = 0,
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time for training, about.")] = 3.0,
+    minutes: Annotated[
+        float,
+        typer.Option(min=0.1, help="Time to fill with whole epochs: at least 40,000 samples, at most 25 epochs."),
+    ] = 3.0,
 ) -> None:
     """Train on the stream, serve, classify real digits; ends by itself. SLUICE_DATA=FOLDER takes MNIST from there."""
     from sluice.demo import run
+    from sluice.interruption import run_until_stopped
 
-    asyncio.run(run(seed=seed, minutes=minutes))
+    if not asyncio.run(run_until_stopped(run(seed=seed, minutes=minutes))):
+        raise KeyboardInterrupt
 
 
 @app.command()
@@ -83,9 +89,10 @@ def gateway(settings: GatewaySettings) -> None:
 @with_options(TritonSettings)
 def triton(settings: TritonSettings) -> None:
     """Run a Triton Inference Server without a container; installs it on first use."""
+    from sluice.interruption import run_until_stopped
     from sluice.line import run_triton
 
-    asyncio.run(run_triton(settings, on_ready=announce, report=_say))
+    asyncio.run(run_until_stopped(run_triton(settings, on_ready=announce, report=_say)))
 
 
 @data.command()
@@ -112,22 +119,28 @@ def fetch(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Option(help="Named run to start from: mnist or smoke.")] = "mnist",
-    streamer: Annotated[str | None, typer.Option(help="Address of the streamer, host:port.")] = None,
+    streamer: Annotated[
+        str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seeds weights and the order of the samples.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Exactly this many epochs, however long they take.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time to fill with whole epochs.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time to fill with whole epochs: at least 40,000 samples, at most 25 epochs [3]."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     triton: Annotated[
         str | None,
         typer.Option(help="Triton to load the new version, host:port; by default one that answers here."),
     ] = None,
+    load: Annotated[bool, typer.Option(help="Whether to have a Triton load the new version.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train on the stream and publish the next version; Triton loads it where it runs."""
     from sluice.training import TrainOptions, run
 
     options = TrainOptions(
-        recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton
+        recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton, load=load
     )
     result = run(options, report=_say)
     print(json.dumps(result.as_json()) if as_json else result.as_text())
@@ -136,13 +149,20 @@ def train(
 @app.command()
 def classify(
     files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG, BMP, GIF, WebP, TIFF or PGM.")],
-    server: Annotated[str, typer.Option(help="Address of the gateway, host:port.")] = "localhost:50051",
+    server: Annotated[
+        str | None, typer.Option(help="Address of the gateway, host:port; by default where its settings put it.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Model name; the server's default when not given.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
 ) -> None:
     """Print digit and probability for each file; exits 1 when one of them cannot be read."""
+    from rpc.address import joined
+    from rpc.settings import load as read
     from sluice.classify import run
 
+    if server is None:
+        place = read(GatewaySettings)
+        server = joined(place.host, place.port)
     failed = asyncio.run(run(files, server=server, model=model, as_json=as_json))
     raise typer.Exit(1 if failed else 0)
 

@@ -27,6 +27,7 @@ from serving.settings import TritonSettings
 from sluice import picture
 from sluice.line import gateway_service, streamer_service, triton_service
 from sluice.ports import settings_with_free_ports
+from sluice.readiness import environment
 from sluice.supervisor import ServiceError, Supervisor
 from streamer.client import Plan, SampleClient
 from streamer.datasets import find
@@ -69,13 +70,14 @@ async def run(*, seed: int, minutes: float) -> None:
     async with Supervisor(settings.logs, say) as supervisor:
         _head(console, 1, "Data and streamer")
         sources = load(StreamerSettings)
-        await find("mnist", data=sources.data, cache=sources.cache, report=say)  # here, where its progress is seen
+        # Both happen here, where their progress is seen, and before the time that training takes.
+        await find("mnist", data=sources.data, cache=sources.cache, report=say)
+        await install(triton_settings.cache, say)
         streamer = await supervisor.start(streamer_service(settings))
         images, labels = await _test_split(console, streamer)
         _head(console, 2, "Training over the stream")
         version = await _train(streamer, seed=seed, minutes=minutes)
         _head(console, 3, "Triton and gateway")
-        await install(triton_settings.cache, say)
         triton = await supervisor.start(triton_service(settings))
         gateway = await supervisor.start(gateway_service(settings, triton))
         async with ImageClient(gateway) as client:
@@ -105,9 +107,9 @@ async def _test_split(console: Console, streamer: str) -> tuple[npt.NDArray[np.u
 
 async def _train(streamer: str, *, seed: int, minutes: float) -> int:
     """Train in a process of its own, whose progress bar is shown, and return the version it published."""
-    arguments = ("train", "--streamer", streamer, "--seed", str(seed), "--minutes", str(minutes), "--json")
+    arguments = ("train", "--streamer", streamer, "--seed", str(seed), "--minutes", str(minutes), "--no-load", "--json")
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sluice", *arguments, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "sluice", *arguments, stdout=asyncio.subprocess.PIPE, env=environment()
     )
     try:
         output, _ = await process.communicate()

@@ -12,7 +12,7 @@ from rpc.settings import Settings, load, variable_of
 from serving import host
 from serving.host import Finding
 from serving.settings import TritonSettings
-from sluice.line import has_version
+from serving.triton import servable_models
 from streamer.datasets import cached
 from streamer.errors import DataError
 from streamer.settings import StreamerSettings
@@ -55,7 +55,7 @@ def _packages() -> list[Finding]:
     findings = []
     for part, modules in parts.items():
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
-        remedy = f"pip install 'sluice[{part}]'" if missing else None
+        remedy = f"pip install '.[{part}]' in the sources" if missing else None
         findings.append(_finding(f"packages of {part}", not missing, ", ".join(missing or modules), remedy))
     return findings
 
@@ -73,11 +73,11 @@ def _ports(triton: TritonSettings) -> list[Finding]:
 
 
 def _port(settings: Settings, field: str, name: str) -> Finding:
-    port = getattr(settings, field)
-    with socket.socket() as probe:
+    port, host = getattr(settings, field), getattr(settings, "host", "127.0.0.1")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
         except OSError:
             remedy = f"`sluice up` may be running; else choose another with {variable_of(type(settings), field)}"
             return _finding(f"port of {name}", False, f"{port} is taken", remedy)
@@ -99,7 +99,7 @@ def _data(settings: StreamerSettings) -> Finding:
 
 
 def _model(settings: TritonSettings) -> Finding:
-    if has_version(settings.model_repository):
+    if settings.model_repository.is_dir() and servable_models(settings.model_repository):
         return _finding("model", True, f"in {settings.model_repository}", None)
     return _finding("model", True, "none yet", "`make demo` or `sluice train` makes one")
 

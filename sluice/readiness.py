@@ -5,13 +5,14 @@ import os
 import signal
 import sys
 
-_VARIABLE = "SLUICE_READY_FD"
+_READY_VARIABLE = "SLUICE_READY_FD"
+_PARENT_VARIABLE = "SLUICE_PARENT_PID"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def announce(address: str) -> None:
     """Tell the supervisor, where there is one, the address this process listens on; else say it to the user."""
-    descriptor = os.environ.pop(_VARIABLE, None)
+    descriptor = os.environ.pop(_READY_VARIABLE, None)
     if descriptor is None:
         print(f"listening on {address}; Ctrl-C ends it", file=sys.stderr)
         return
@@ -19,16 +20,17 @@ def announce(address: str) -> None:
         pipe.write(f"{address}\n")
 
 
-def environment(descriptor: int) -> dict[str, str]:
-    """Return the environment of a service that is to announce itself on ``descriptor``."""
-    return {**os.environ, _VARIABLE: str(descriptor)}
+def environment(descriptor: int | None = None) -> dict[str, str]:
+    """Return the environment of a child that ends with this process, and announces itself on ``descriptor``."""
+    bound = {**os.environ, _PARENT_VARIABLE: str(os.getpid())}
+    return bound if descriptor is None else {**bound, _READY_VARIABLE: str(descriptor)}
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its supervisor dies, however that happens; Linux only."""
-    if _VARIABLE not in os.environ or sys.platform != "linux":
+    """Have the kernel end this process when the one that wants it so dies, however that happens; Linux only."""
+    parent = os.environ.pop(_PARENT_VARIABLE, None)
+    if parent is None or sys.platform != "linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it died before the call above
+    if os.getppid() != int(parent):  # it died before the call above
         os.kill(os.getpid(), signal.SIGTERM)

@@ -20,7 +20,7 @@ _LOG_LIMIT_BYTES = 16 * 2**20
 _FIRST_PAUSE_SECONDS = 0.5
 _LONGEST_PAUSE_SECONDS = 30.0
 _STEADY_SECONDS = 60.0
-"""A service that ran this long is restarted without a pause."""
+"""A service that ran this long is restarted after the first pause again."""
 
 
 class ServiceError(RuntimeError):
@@ -58,7 +58,10 @@ class Supervisor:
         self._running: list[_Running] = []
 
     async def __aenter__(self) -> Self:
-        self._logs.mkdir(parents=True, exist_ok=True)
+        try:
+            self._logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ServiceError(f"cannot write logs to {self._logs}: {error.strerror} (SLUICE_UP_LOGS)") from error
         return self
 
     async def __aexit__(
@@ -90,9 +93,15 @@ class Supervisor:
         return self._named(name).pid
 
     async def stop(self) -> None:
-        """End all services, the last started first; idempotent."""
-        while self._running:
-            await self._running.pop().stop()
+        """End all services, the last started first; idempotent. Cancelling this kills those that are left."""
+        try:
+            while self._running:
+                await self._running[-1].stop()
+                self._running.pop()
+        except asyncio.CancelledError:
+            for running in self._running:
+                running.kill()
+            raise
 
     def _named(self, name: str) -> "_Running":
         return next(running for running in self._running if running.service.name == name)
@@ -104,6 +113,7 @@ class _Running:
         self.address = ""
         self._log = log
         self._report = report
+        self._log_start = 0
         self._process: asyncio.subprocess.Process | None = None
         self._watcher: asyncio.Task[None] | None = None
 
@@ -145,10 +155,17 @@ class _Running:
             await asyncio.wait({self._watcher})
         await self._end()
 
+    def kill(self) -> None:
+        """End the process and what it started at once."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
     async def _spawn(self, ready: int) -> asyncio.subprocess.Process:
         if self._log.exists() and self._log.stat().st_size > _LOG_LIMIT_BYTES:
             self._log.replace(self._log.with_suffix(".log.1"))
         with self._log.open("ab") as log:
+            self._log_start = log.tell()
             return await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "sluice", *self.service.arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
@@ -169,8 +186,8 @@ class _Running:
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             try:
                 await self.start()
-            except ServiceError as error:
-                self._report(str(error))
+            except (ServiceError, OSError) as error:  # a full disk may pass, and so may what the service lacked
+                self._report(f"{self.service.name} could not be started: {error}")
             else:
                 self._report(f"{self.service.name} is back on {self.address}")
 
@@ -185,17 +202,16 @@ class _Running:
                 await process.wait()
         except TimeoutError:
             self._report(f"{self.service.name} did not end within {self.service.stop_seconds:.0f} s; killed")
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            self.kill()
             await process.wait()
         except asyncio.CancelledError:
-            # Nobody waits any more: leave nothing behind.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            self.kill()  # nobody waits any more
             raise
 
     def _explain(self, what: str) -> str:
-        tail = self._log.read_text(errors="replace").splitlines()[-8:]
+        with self._log.open("rb") as log:
+            log.seek(self._log_start)
+            tail = log.read().decode(errors="replace").splitlines()[-8:]
         if tail and tail[-1].startswith(ERROR_PREFIX):  # it said itself what is wrong
             return f"{self.service.name}: {tail[-1].removeprefix(ERROR_PREFIX)}"
         return "\n".join(

@@ -13,11 +13,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from rpc.address import joined
 from rpc.settings import SettingsError, load
 from serving.control import TritonControl
 from serving.errors import ServingError
 from serving.settings import TritonSettings
 from streamer.client import SplitInfo
+from streamer.settings import StreamerSettings
 from training.config import TrainConfig
 from training.evaluate import Evaluation
 from training.loop import Step
@@ -25,6 +27,13 @@ from training.recipes import RECIPES
 from training.run import Result, train
 
 _RUNS = Path("runs")
+_OPTION_OF = {
+    "seed": "--seed",
+    "lr": "--lr",
+    "seconds": "--minutes",
+    "max_epochs": "--epochs",
+    "streamer": "--streamer",
+}
 _LOOK_SECONDS = 1.0
 _LOAD_SECONDS = 120.0
 
@@ -40,6 +49,7 @@ class TrainOptions:
     minutes: float | None
     lr: float | None
     triton: str | None
+    load: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,25 +91,27 @@ def configure(options: TrainOptions) -> TrainConfig:
     """
     if options.recipe not in RECIPES:
         raise SettingsError(f"--recipe {options.recipe}: no such recipe; known are {', '.join(sorted(RECIPES))}")
-    config = RECIPES[options.recipe]().model_dump()
-    for place, value in (
-        (("seed",), options.seed),
-        (("data", "streamer"), options.streamer),
-        (("optim", "lr"), options.lr),
-        (("budget", "seconds"), None if options.minutes is None else options.minutes * 60),
-        (("budget", "max_epochs"), options.epochs),
-    ):
-        if value is not None:
-            target = config
-            for key in place[:-1]:
-                target = target[key]
-            target[place[-1]] = value
+    if options.epochs is not None and options.minutes is not None:
+        raise SettingsError("--epochs and --minutes both say how long to train; give one of them")
+    place = load(StreamerSettings)
+    given: dict[str, dict[str, Any]] = {
+        "data": {"streamer": options.streamer or joined(place.host, place.port)},
+        "optim": {} if options.lr is None else {"lr": options.lr},
+        "budget": {},
+    }
+    if options.minutes is not None:
+        given["budget"] = {"seconds": options.minutes * 60}
     if options.epochs is not None:
-        config["budget"]["seconds"] = None
+        given["budget"] = {"seconds": None, "max_epochs": options.epochs}
+    config = RECIPES[options.recipe]().model_dump()
+    for part, values in given.items():
+        config[part] |= values
+    if options.seed is not None:
+        config["seed"] = options.seed
     try:
         return TrainConfig.model_validate(config)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        problems = (f"{_OPTION_OF[str(fault['loc'][-1])]}: {fault['msg']}" for fault in error.errors())
         raise SettingsError("; ".join(problems)) from error
 
 
@@ -120,20 +132,30 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
     with ProgressView() as view:
         result = train(config, repository=settings.model_repository, runs=_RUNS, observer=view)
     report(f"published {settings.model_repository / result.card.model / str(result.card.version)}")
-    address = options.triton or f"{settings.host}:{settings.grpc_port}"
-    loaded = asyncio.run(_load(address, result.card.model, must=options.triton is not None))
+    address = options.triton or joined(settings.host, settings.grpc_port)
+    loaded = options.load and asyncio.run(
+        _load(address, result.card.model, must=options.triton is not None, report=report)
+    )
     return Outcome(result=result, loaded_by=address if loaded else None)
 
 
-async def _load(address: str, model: str, *, must: bool) -> bool:
+async def _load(address: str, model: str, *, must: bool, report: Callable[[str], None]) -> bool:
+    """Load the newest version; a Triton that nobody named may be absent, or may refuse."""
     async with TritonControl(address) as control:
         try:
-            await control.wait_ready(timeout_seconds=_LOAD_SECONDS if must else _LOOK_SECONDS)
+            # Live, not ready: one version that does not load, or is being unloaded, makes the server unready.
+            await control.wait_live(timeout_seconds=_LOAD_SECONDS if must else _LOOK_SECONDS)
         except ServingError:
             if must:
                 raise
             return False
-        await control.load(model)
+        try:
+            await control.load(model)
+        except ServingError as error:
+            if must:
+                raise
+            report(f"not loaded: {error}")
+            return False
     return True
 
 

@@ -1,11 +1,20 @@
 """Fixtures that several folders use."""
 
 import gzip
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No settings but the test's own: not those of the user, nor of a ``sluice.toml`` in the working directory."""
+    for variable in [name for name in os.environ if name.startswith("SLUICE_") and name != "SLUICE_CACHE"]:
+        monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")

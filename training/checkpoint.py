@@ -58,11 +58,13 @@ def save(folder: Path, network: Network, state: State) -> None:
         (temporary / _STATE).write_text(state.model_dump_json(indent=2))
         for name in (_WEIGHTS, _STATE):
             _sync(temporary / name)
-        if folder.exists():
-            shutil.rmtree(folder)
         temporary.chmod(0o755)  # mkdtemp makes it private
+        before = temporary.with_suffix(".before")
+        if folder.exists():
+            folder.rename(before)  # a folder cannot replace another one in one step; killed here, both are on disk
         temporary.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

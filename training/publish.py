@@ -8,7 +8,7 @@ import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from training.errors import PublishError
 from training.export import export
@@ -31,8 +31,8 @@ class Card(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    # "schema" is taken by pydantic's base class.
-    card_schema: int = 1
+    # By its alias: pydantic's base class has a "schema" of its own.
+    card_schema: int = Field(1, alias="schema")
     model: str
     version: int
     created: str
@@ -74,9 +74,8 @@ def publish(
         ExportError: The exported file does not answer like ``network``.
         PublishError: The repository cannot be written.
     """
-    model = repository / name
+    model = prepare(repository, name)
     try:
-        model.mkdir(parents=True, exist_ok=True)
         _write_config(model / "config.pbtxt", triton_config(name, len(class_names)))
         # The leading dot keeps Triton from taking an unfinished folder for a version.
         staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=model))
@@ -96,7 +95,7 @@ def publish(
                 metrics=metrics,
                 dataset=dataset,
             )
-            (staged / "card.json").write_text(card.model_dump_json(indent=2) + "\n")
+            (staged / "card.json").write_text(card.model_dump_json(indent=2, by_alias=True) + "\n")
             _sync(staged / "model.pt", staged / "card.json", staged)
             try:
                 staged.rename(model / str(card.version))
@@ -110,6 +109,23 @@ def publish(
         raise PublishError(f"{model}: cannot write: {error.strerror}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def prepare(repository: Path, name: str) -> Path:
+    """
+    Return the model's folder, made if missing; ask before a long run whether its result will have a place.
+
+    Raises:
+        PublishError: It cannot be written.
+    """
+    model = repository / name
+    try:
+        model.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PublishError(f"{model}: cannot write: {error.strerror} (SLUICE_MODEL_REPOSITORY)") from error
+    if not os.access(model, os.W_OK):
+        raise PublishError(f"{model}: cannot write: not permitted (SLUICE_MODEL_REPOSITORY)")
+    return model
 
 
 def next_version(model: Path) -> int:

@@ -16,7 +16,7 @@ from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate
 from training.loop import Step, device_of_choice, fit
 from training.model import IMAGE_SIZE, Network
-from training.publish import Card, DatasetCard, publish
+from training.publish import Card, DatasetCard, prepare, publish
 
 _EVALUATION_BATCH_SIZE = 500
 _CONNECT_SECONDS = 30.0
@@ -64,6 +64,8 @@ def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observ
     """
     torch.manual_seed(config.seed)
     device = device_of_choice()
+    prepare(repository, config.name)
+    folder = _run_folder(runs, config)
     dataset = asyncio.run(_describe(config.data))
     train_split, test_split = dataset.splits["train"], dataset.splits["test"]
     _check_shape(dataset)
@@ -78,7 +80,6 @@ def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observ
     )
     evaluation = evaluate(network, _read(config, "test", None), num_classes=test_split.num_classes)
     observer.evaluated(evaluation)
-    folder = _run_folder(runs, config)
     state = checkpoint.State(
         config=config,
         num_classes=train_split.num_classes,
@@ -138,5 +139,8 @@ def _read(config: TrainConfig, split: str, epoch: int | None) -> Iterable[Batch]
 def _run_folder(runs: Path, config: TrainConfig) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = runs / f"{stamp}-{config.name}-seed{config.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{folder}: cannot write: {error.strerror}") from error
     return folder

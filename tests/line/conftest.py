@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from gateway.client import ImageClient
 from rpc.settings import cache_folder
 from serving.installation import install
+from streamer import small
 from streamer.client import Plan, SampleClient
+from streamer.declarations import declaration_of
 from tests.line.processes import Line, Split, free_ports, read_until, start_up
 
 
@@ -21,10 +24,21 @@ def triton_installed() -> None:
 
 
 @pytest.fixture(scope="session")
-def running_line(tmp_path_factory: pytest.TempPathFactory, triton_installed: None) -> Iterator[Line]:
+def small_mnist() -> Path:
+    """The 5,000 real images, also on a machine that has or could fetch all 70,000."""
+    known = declaration_of("mnist")
+    folder = cache_folder() / "datasets" / "mnist-small"
+    assert known.small is not None
+    if not folder.is_dir():
+        asyncio.run(small.make(folder, known, known.small))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def running_line(tmp_path_factory: pytest.TempPathFactory, triton_installed: None, small_mnist: Path) -> Iterator[Line]:
     """`sluice up` on free ports in an empty folder; ends with Ctrl-C."""
     folder, ports = tmp_path_factory.mktemp("line"), free_ports()
-    with start_up(folder, ports) as process:
+    with start_up(folder, ports, "--data", str(small_mnist)) as process:
         try:
             yield Line(process, ports, folder, read_until(process, "Ctrl-C stops"))
         finally:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gateway.models import Card as GatewayCard
 from training import publish as module
 from training.errors import ExportError, PublishError
 from training.model import Network
@@ -39,6 +40,17 @@ def test_version_holds_weights_and_card(tmp_path: Path, publish_once: Publish) -
     assert sorted(entry.name for entry in version.iterdir()) == ["card.json", "model.pt"]
     assert json.loads((version / "card.json").read_text())["class_names"] == card.class_names
     assert card.digest.startswith("sha256:")
+
+
+def test_gateway_reads_every_field_of_the_card(tmp_path: Path, publish_once: Publish) -> None:
+    publish_once()
+    written = json.loads((tmp_path / "mnist" / "1" / "card.json").read_text())
+    read = GatewayCard.model_validate(written).model_dump(mode="json", by_alias=True)
+
+    assert set(written) == set(read)
+    assert {name: read[name] for name in ("schema", "class_names", "digest", "metrics")} == {
+        name: written[name] for name in ("schema", "class_names", "digest", "metrics")
+    }
 
 
 def test_versions_count_up_from_the_highest(tmp_path: Path, publish_once: Publish) -> None:

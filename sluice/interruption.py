@@ -1,0 +1,33 @@
+"""Ctrl-C and SIGTERM as cancellation: what runs cleans up after itself, and a second signal hurries it."""
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+async def run_until_stopped(work: Coroutine[Any, Any, None]) -> bool:
+    """
+    Run ``work`` to its end and return True, or until a signal and return False.
+
+    The first SIGINT or SIGTERM cancels it, and what it cleans up is waited for; a second one cancels that too.
+
+    Raises:
+        Exception: What ``work`` raised.
+    """
+    loop = asyncio.get_running_loop()
+    task = asyncio.ensure_future(work)
+    for number in _STOPPING:
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await asyncio.wait({task})
+    finally:
+        for number in _STOPPING:
+            loop.remove_signal_handler(number)
+        task.cancel()
+    if task.cancelled():
+        return False
+    task.result()
+    return True
