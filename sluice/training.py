@@ -214,6 +214,7 @@ class ProgressView:
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Say how good the network is."""
+        self._progress.stop()  # the finished bar stays above what follows
         self._print(f"test split: {evaluation.accuracy:.2%} of {evaluation.num_samples} right")
 
     def _print(self, line: str) -> None:

@@ -56,7 +56,8 @@ def _is_whole(path: Path, sha256: str) -> bool:
 def _progress_bar() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=console, disable=not console.is_terminal)
+    # Transient: of a mirror that does not answer, the sentence about it says all there is to say.
+    return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
 
 async def _fetch(client: httpx.AsyncClient, mirror: str, name: str, known: Declaration, bar: Progress) -> bytes:
