@@ -59,8 +59,8 @@ def _status_of(error: Exception) -> int | None:
         loaded = sys.modules.get(module)
         if loaded is not None and isinstance(error, getattr(loaded, name)):
             return status
-    # A file or folder that cannot be used; the error names it.
-    return EXIT_FAILED if isinstance(error, OSError) and error.filename else None
+    # A file, a folder or the output cannot be used; the error says which and why.
+    return EXIT_FAILED if isinstance(error, OSError) else None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """``sluice classify``: files in, one line each out."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from gateway.client import Classification, ClientError, ImageClient
 
 _BATCH = 64
+# The file's name says it better.
+_PLACE_IN_BATCH = re.compile(r"^images\[\d+\](\.\w+)?: ")
 
 
 async def run(files: Sequence[Path], *, server: str, model: str, as_json: bool) -> bool:
@@ -37,12 +40,16 @@ def _print(path: Path, answer: Classification | ClientError | str, *, as_json: b
             "label": answer.label,
             "name": answer.name,
             "probability": answer.probability,
+            "model": answer.model,
+            "version": answer.version,
         }
         print(json.dumps(row) if as_json else f"{path}: {answer.name} ({answer.probability:.1%})")
-    elif as_json:
-        print(json.dumps({"file": str(path), "error": str(answer)}))
+        return
+    reason = _PLACE_IN_BATCH.sub("", str(answer))
+    if as_json:
+        print(json.dumps({"file": str(path), "error": reason}))
     else:
-        print(f"{path}: {answer}", file=sys.stderr)
+        print(f"{path}: {reason}", file=sys.stderr)
 
 
 def _why_unreadable(path: Path) -> str | None:

@@ -21,8 +21,9 @@ app = typer.Typer(
     help="Train image classifiers from a network stream of samples and serve them over gRPC.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the names of settings off
 )
-data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True)
+data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
 
 

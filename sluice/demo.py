@@ -63,7 +63,7 @@ async def run(*, seed: int, minutes: float) -> None:
         ServiceError: A part of the line did not start; the message holds the end of its log.
     """
     console = Console()
-    say = partial(console.print, highlight=False, soft_wrap=True)
+    say = partial(console.print, highlight=False, soft_wrap=not console.is_terminal)
     started = time.perf_counter()
     settings = settings_with_free_ports()
     triton_settings = load(TritonSettings)
@@ -172,7 +172,7 @@ def _report(console: Console, answers: Sequence[Answer], seconds: float) -> None
         f"\nLatency p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms; {len(answers) / seconds:,.0f} images/s "
         f"with {_CALLERS} callers on {len(os.sched_getaffinity(0))} cores, the client's share included",
         highlight=False,
-        soft_wrap=True,
+        soft_wrap=not console.is_terminal,
     )
     misread = sorted(
         (answer for answer in answers if answer.truth != answer.said.label),

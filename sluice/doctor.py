@@ -2,17 +2,17 @@
 
 import importlib.util
 import shutil
-import socket
 
 from rich.console import Console
 from rich.table import Table
 
-from gateway.settings import GatewaySettings
-from rpc.settings import Settings, load, variable_of
+from rpc.settings import load
 from serving import host
 from serving.host import Finding
 from serving.settings import TritonSettings
 from serving.triton import servable_models
+from sluice.ports import places
+from sluice.settings import UpSettings
 from streamer.datasets import cached
 from streamer.errors import DataError
 from streamer.settings import StreamerSettings
@@ -26,7 +26,7 @@ def examine() -> list[Finding]:
     return [
         *host.examine(triton.cache),
         *_packages(),
-        *_ports(triton),
+        *_ports(),
         _data(load(StreamerSettings)),
         _model(triton),
         _disk(triton),
@@ -36,11 +36,16 @@ def examine() -> list[Finding]:
 def render(findings: list[Finding]) -> None:
     """Print one row a finding, and what to do about those that are not well."""
     console = Console()
+    if not console.is_terminal:  # for grep: a line a finding, unwrapped
+        for finding in findings:
+            words = ["ok" if finding.ok else "problem", finding.name, finding.detail]
+            print("\t".join([*words, finding.remedy] if finding.remedy else words))
+        return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for overflow in ("ignore", "fold", "fold"):
         table.add_column(overflow=overflow)
     for finding in findings:
-        table.add_row("[green]ok[/]" if finding.ok else "[red]missing[/]", finding.name, finding.detail)
+        table.add_row("[green]ok[/]" if finding.ok else "[red]problem[/]", finding.name, finding.detail)
         if finding.remedy:
             table.add_row("", "", f"-> {finding.remedy}")
     console.print(table, highlight=False)
@@ -60,28 +65,18 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _ports(triton: TritonSettings) -> list[Finding]:
-    gateway, streamer = load(GatewaySettings), load(StreamerSettings)
-    wanted: list[tuple[Settings, str, str]] = [
-        (gateway, "port", "gateway"),
-        (streamer, "port", "streamer"),
-        (triton, "grpc_port", "Triton gRPC"),
-        (triton, "http_port", "Triton HTTP"),
-        (triton, "metrics_port", "Triton metrics"),
+def _ports() -> list[Finding]:
+    return [
+        _finding(f"port of {place.name}", True, f"{place.port} is free")
+        if place.is_free()
+        else _finding(
+            f"port of {place.name}",
+            False,
+            f"{place.port} is taken",
+            f"`sluice up` may be running; else choose another with {place.variable}",
+        )
+        for place in places(load(UpSettings))
     ]
-    return [_port(settings, field, name) for settings, field, name in wanted]
-
-
-def _port(settings: Settings, field: str, name: str) -> Finding:
-    port, host = getattr(settings, field), getattr(settings, "host", "127.0.0.1")
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            remedy = f"`sluice up` may be running; else choose another with {variable_of(type(settings), field)}"
-            return _finding(f"port of {name}", False, f"{port} is taken", remedy)
-    return _finding(f"port of {name}", True, f"{port} is free", None)
 
 
 def _data(settings: StreamerSettings) -> Finding:

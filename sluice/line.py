@@ -10,8 +10,9 @@ from serving.errors import ServingError
 from serving.installation import install
 from serving.settings import TritonSettings
 from serving.triton import EmbeddedTriton, servable_models
+from sluice.ports import places
 from sluice.settings import UpSettings
-from sluice.supervisor import Service, Supervisor
+from sluice.supervisor import Service, ServiceError, Supervisor
 from streamer.datasets import find
 from streamer.settings import StreamerSettings
 
@@ -102,12 +103,14 @@ def gateway_service(settings: UpSettings, triton: str) -> Service:
 
 
 async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[[str], None]) -> None:
+    _require_free_ports(settings)
     triton_settings = load(TritonSettings)
     sources = load(StreamerSettings, data=settings.data)
     # Both happen here, where their progress is seen; the services then find them in the cache.
     await find("mnist", data=sources.data, cache=sources.cache, report=report)
     await install(triton_settings.cache, report)
     triton_settings.model_repository.mkdir(parents=True, exist_ok=True)  # the first training fills it
+    report(f"logs      {settings.logs}/")
     triton = await supervisor.start(triton_service(settings))
     report(f"triton    {triton}")
     report(f"streamer  {await supervisor.start(streamer_service(settings))}")
@@ -123,6 +126,17 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
             report(f"the gateway does not serve a model: {error}")
             return
     report("ready: `sluice classify FILE...` asks it; Ctrl-C stops")
+
+
+def _require_free_ports(settings: UpSettings) -> None:
+    """Name every port that is taken before anything starts."""
+    taken = [
+        f"{place.name}: cannot listen on {place.address}; {place.option} or {place.variable} changes it"
+        for place in places(settings)
+        if not place.is_free()
+    ]
+    if taken:
+        raise ServiceError("\n".join(["ports are taken, by another `sluice up` perhaps:", *taken]))
 
 
 def _given(options: Mapping[str, object]) -> list[str]:

@@ -40,7 +40,7 @@ def _parameter(settings: type[Settings], name: str) -> inspect.Parameter:
     field = settings.model_fields[name]
     # A default that a factory makes depends on the environment, which nobody reads at import.
     default = "" if field.default_factory is not None or field.default is None else f"; {field.default}"
-    words = f"{inspect.cleandoc(field.description or '')} [{variable_of(settings, name)}{default}]"
+    words = f"{inspect.cleandoc(field.description or '').replace('``', '')} [{variable_of(settings, name)}{default}]"
     option = typer.Option(f"--{name.replace('_', '-')}", help=words, show_default=False)
     annotation: Any = Annotated[_without_none(field.annotation) | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

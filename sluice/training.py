@@ -129,6 +129,7 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
     """
     config = configure(options)
     settings = load(TritonSettings)
+    report(f"asking the streamer at {config.data.streamer}")
     with ProgressView() as view:
         result = train(config, repository=settings.model_repository, runs=_RUNS, observer=view)
     report(f"published {settings.model_repository / result.card.model / str(result.card.version)}")
@@ -167,7 +168,7 @@ class ProgressView:
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=None),
-            TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.2%}"),
+            TextColumn("loss {task.fields[loss]:.3f}  training accuracy {task.fields[accuracy]:.2%}"),
             TextColumn("{task.fields[rate]:.0f} samples/s"),
             TimeRemainingColumn(),
             console=self._console,
@@ -207,9 +208,8 @@ class ProgressView:
         self._progress.update(self._task, completed=step.samples, total=total, **fields)
         if not self._console.is_terminal and step.samples == (step.epoch + 1) * num_samples:
             self._print(
-                "epoch {epoch}/{epochs}: loss {loss:.3f}, accuracy {accuracy:.2%}, {rate:.0f} samples/s".format(
-                    **fields
-                )
+                f"epoch {step.epoch + 1}/{step.epochs}: loss {step.loss:.3f}, training accuracy {step.accuracy:.2%}, "
+                f"{step.samples_per_second:.0f} samples/s"
             )
 
     def evaluated(self, evaluation: Evaluation) -> None:

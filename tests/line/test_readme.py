@@ -34,6 +34,12 @@ async def test_stream_is_read_to_the_end_of_the_epoch(line: Line, capsys: pytest
     assert capsys.readouterr().out.splitlines()[-1] == "(32, 28, 28) (32,) 4000"
 
 
+def test_plain_loop_reads_to_the_end_of_the_epoch(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(BLOCKS[2].replace("localhost:50052", line.address("streamer")), {})
+
+    assert capsys.readouterr().out.splitlines()[-1] == "(32, 28, 28) (32,) 4000"
+
+
 def test_commands_of_the_readme_exist(line: Line) -> None:
     text = (ROOT / "README.md").read_text()
     commands = set(re.findall(r"`sluice ([a-z]+)", text))
