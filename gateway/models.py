@@ -58,13 +58,13 @@ class LoadedVersion(Protocol):
     """What the catalog has to know of a version that Triton has ready."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...  # noqa: D102 - the class says it
     @property
-    def version(self) -> int: ...  # noqa: D102
+    def version(self) -> int: ...  # noqa: D102 - the class says it
     @property
-    def num_classes(self) -> int: ...  # noqa: D102
+    def num_classes(self) -> int: ...  # noqa: D102 - the class says it
     @property
-    def max_batch_size(self) -> int: ...  # noqa: D102
+    def max_batch_size(self) -> int: ...  # noqa: D102 - the class says it
 
 
 class Source(Protocol):

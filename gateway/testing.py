@@ -26,7 +26,7 @@ def confident(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     return rows
 
 
-class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the base is untyped
     """
     ``inference.GRPCInferenceService`` as far as the gateway uses it, with Triton's own error texts.
 

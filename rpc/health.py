@@ -13,7 +13,7 @@ MAX_WATCHERS = 128
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base is untyped
     """
     Check and Watch.
 

@@ -16,7 +16,7 @@ from serving.errors import ControlError
 IMAGES = np.zeros((2, 1, 28, 28), np.uint8)
 
 
-class SlowTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+class SlowTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the base is untyped
     """Answers an inference when told to, and remembers whether a call was cancelled."""
 
     def __init__(self) -> None:

@@ -168,7 +168,7 @@ class TritonPythonModel:
             # TorchScript is what is served here; torch announces its end at each use.
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
-                module = torch.jit.load(path, map_location=self._device)  # type: ignore[no-untyped-call]
+                module = torch.jit.load(path, map_location=self._device)  # type: ignore[no-untyped-call]  # so in torch
             except RuntimeError as error:
                 raise ContractError(f"{path} is no TorchScript: {_last_line(error)}") from error
             arguments = forward_arguments(module.forward.schema)
