@@ -219,12 +219,18 @@ class TestEnd:
         add_version(tmp_path / "my models", "mnist", 1)
         return on_free_ports(model_repository=tmp_path / "my models", log_file=tmp_path / "triton.log")
 
-    async def owner(self, settings: TritonSettings) -> asyncio.subprocess.Process:
+    @pytest_asyncio.fixture(loop_scope="session")
+    async def owner(self, settings: TritonSettings) -> AsyncIterator[asyncio.subprocess.Process]:
+        """A process that owns a Triton, and is about to be killed; by the end of the test at the latest."""
         ports = (settings.http_port, settings.grpc_port, settings.metrics_port)
         arguments = (settings.model_repository, settings.log_file, *ports)
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", OWNER, *map(str, arguments)), stdout=asyncio.subprocess.PIPE
         )
+        yield process
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
 
     async def test_stop_leaves_nothing(self, settings: TritonSettings, installation: Installation) -> None:
         triton = EmbeddedTriton(settings, installation)
@@ -262,8 +268,9 @@ class TestEnd:
         assert [(line["model"], line["version"], line["log_level"]) for line in logs] == [("broken", 1, "warning")]
         assert "is no TorchScript" in logs[0]["reason"]
 
-    async def test_killed_owner_leaves_nothing(self, settings: TritonSettings) -> None:
-        owner = await self.owner(settings)
+    async def test_killed_owner_leaves_nothing(
+        self, settings: TritonSettings, owner: asyncio.subprocess.Process
+    ) -> None:
         assert owner.stdout is not None
         assert await owner.stdout.readline() == b"ready\n"
 
@@ -272,9 +279,10 @@ class TestEnd:
 
         await until(lambda: left_of(settings, f"sluice_*_{owner.pid}_") == [])
 
-    async def test_owner_killed_while_models_load_leaves_nothing(self, settings: TritonSettings) -> None:
+    async def test_owner_killed_while_models_load_leaves_nothing(
+        self, settings: TritonSettings, owner: asyncio.subprocess.Process
+    ) -> None:
         """The moment at which Triton by itself loses its stubs."""
-        owner = await self.owner(settings)
         await until(
             lambda: any("triton_python_backend_stub" in line for line in left_of(settings, f"sluice_*_{owner.pid}_"))
         )
