@@ -94,12 +94,12 @@ TRUNCATED = png(np.eye(28, dtype=np.uint8) * 255)[:-20]
             "image.raw.pixels: 783 bytes; 28x28 with 1 channel takes 784",
         ),
         (
-            pb.ClassifyRequest(image=pb.Image(encoded=b"x", polarity=7)),  # type: ignore[arg-type]
+            pb.ClassifyRequest(image=pb.Image(encoded=b"x", polarity=7)),  # type: ignore[arg-type]  # no such member
             INVALID,
             "image.polarity: 7; allowed are 0 (POLARITY_UNSPECIFIED), 1 (POLARITY_LIGHT_ON_DARK), 2",
         ),
         (
-            pb.ClassifyRequest(image=pb.Image(encoded=b"x", framing=9)),  # type: ignore[arg-type]
+            pb.ClassifyRequest(image=pb.Image(encoded=b"x", framing=9)),  # type: ignore[arg-type]  # no such member
             INVALID,
             "image.framing: 9; allowed are 0 (FRAMING_UNSPECIFIED), 1 (FRAMING_CENTER), 2",
         ),

@@ -172,7 +172,7 @@ async def test_model_infer_has_no_deadline(adapter: Triton, triton: FakeTriton) 
         return await ask(request, context)
 
     await triton.stop()
-    triton.ModelInfer = spy  # type: ignore[method-assign]
+    triton.ModelInfer = spy  # type: ignore[method-assign]  # our own double
     await triton.start()
     await answer(infer(adapter), 5)
 

@@ -42,7 +42,7 @@ def by_torch(module: torch.jit.ScriptModule, batch: Array) -> tuple[Array, Array
 async def until(holds: Callable[[], bool], seconds: float = 30) -> None:
     """Wait for what only /proc and /dev/shm can tell, and no event does."""
     async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110
+        while not holds():  # noqa: ASYNC110 - of other processes: no event tells
             await asyncio.sleep(0.02)
 
 
