@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypedDict
 
 import grpc
 import numpy as np
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Classification",
     "ClientError",
+    "Comparison",
     "DeadlineError",
+    "Embedding",
     "Framing",
     "ImageClient",
     "ImageError",
@@ -48,10 +50,12 @@ __all__ = [
     "Prediction",
     "ServerError",
     "ServerUnreachableError",
+    "SimilarityMethod",
 ]
 
 Polarity = Literal["unspecified", "light_on_dark", "dark_on_light"]
 Framing = Literal["unspecified", "center", "stretch"]
+SimilarityMethod = Literal["unspecified", "embedding_cosine", "pixel_cosine", "ssim"]
 ImageInput: TypeAlias = "str | os.PathLike[str] | bytes | NDArray[np.uint8] | PillowImage"
 """
 A path to an image file, a file's bytes, pixels as uint8 of shape (H, W), (H, W, 3) or (H, W, 4), or a Pillow image.
@@ -66,6 +70,13 @@ _FRAMINGS = {
     "unspecified": pb.FRAMING_UNSPECIFIED,
     "center": pb.FRAMING_CENTER,
     "stretch": pb.FRAMING_STRETCH,
+}
+
+_METHODS: dict[SimilarityMethod, pb.SimilarityMethod.ValueType] = {
+    "unspecified": pb.SIMILARITY_METHOD_UNSPECIFIED,
+    "embedding_cosine": pb.SIMILARITY_METHOD_EMBEDDING_COSINE,
+    "pixel_cosine": pb.SIMILARITY_METHOD_PIXEL_COSINE,
+    "ssim": pb.SIMILARITY_METHOD_SSIM,
 }
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"].full_name
@@ -197,6 +208,30 @@ class Classification:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """How alike two images are."""
+
+    score: float
+    """-1..1; 1 for equal images."""
+    method: SimilarityMethod
+    """The one that was used, where this client knows it; else the one asked for."""
+    same_class_probability: float | None
+    """0..1, calibrated on held-out pairs; ``None`` where the model brings no calibration for the method."""
+    model: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedding:
+    """An image as a vector."""
+
+    vector: NDArray[np.float32]
+    """Shape (D,), unit length."""
+    model: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A model that can be asked."""
 
@@ -206,6 +241,13 @@ class Model:
     default_version: int
     class_names: tuple[str, ...]
     is_default: bool
+
+
+class _Asked(TypedDict):
+    """The fields by which every request names its model."""
+
+    model: str
+    model_version: int
 
 
 class ImageClient:
@@ -291,8 +333,7 @@ class ImageClient:
         stub = self._connected()
         request = pb.ClassifyRequest(
             image=await _message(image, polarity, framing),
-            model=self._model if model is None else model,
-            model_version=_checked("version", self._version if version is None else version),
+            **self._asked(model, version),
             top_k=_checked("top_k", top_k),
         )
         response = await self._call(stub.Classify, request, timeout_seconds)
@@ -321,14 +362,72 @@ class ImageClient:
         """
         self._connected()
         options = pb.ClassifyBatchRequest(
-            model=self._model if model is None else model,
-            model_version=_checked("version", self._version if version is None else version),
+            **self._asked(model, version),
             top_k=_checked("top_k", top_k),
         )
         answers: list[Classification | ImageError] = []
         async for messages in _calls(images, polarity, framing):
             answers += await self._classify_part(messages, len(answers), options, timeout_seconds)
         return answers
+
+    async def compare(
+        self,
+        first: ImageInput,
+        second: ImageInput,
+        *,
+        method: SimilarityMethod = "unspecified",
+        model: str | None = None,
+        version: int | None = None,
+        polarity: Polarity = "unspecified",
+        framing: Framing = "unspecified",
+        timeout_seconds: float | None = None,
+    ) -> Comparison:
+        """
+        Score how alike two images are; their order does not matter. Errors are those of :meth:`classify`.
+
+        Args:
+            first: See :data:`ImageInput`.
+            second: See :data:`ImageInput`.
+            method: Unspecified is the gateway's choice: the cosine of the model's embeddings. The cosine of the
+                pixels and SSIM look at the framed 28x28 images and need no inference.
+            model: ``None`` is the client's.
+            version: ``None`` is the client's.
+            polarity: Of both images; unspecified leaves it to the model's card.
+            framing: Of both images; unspecified leaves it to the model's card.
+            timeout_seconds: ``None`` is the client's.
+        """
+        stub = self._connected()
+        if method not in _METHODS:
+            raise InvalidInputError(f"method: {method!r}; allowed are {', '.join(_METHODS)}")
+        request = pb.CompareRequest(
+            first=await _message(first, polarity, framing),
+            second=await _message(second, polarity, framing),
+            method=_METHODS[method],
+            **self._asked(model, version),
+        )
+        response = await self._call(stub.Compare, request, timeout_seconds)
+        probability = response.same_class_probability if response.HasField("same_class_probability") else None
+        used: SimilarityMethod = next((name for name, number in _METHODS.items() if number == response.method), method)
+        return Comparison(response.score, used, probability, response.model, response.model_version)
+
+    async def embed(
+        self,
+        image: ImageInput,
+        *,
+        model: str | None = None,
+        version: int | None = None,
+        polarity: Polarity = "unspecified",
+        framing: Framing = "unspecified",
+        timeout_seconds: float | None = None,
+    ) -> Embedding:
+        """Return the image as the model's vector of unit length; arguments and errors are those of :meth:`classify`."""
+        stub = self._connected()
+        request = pb.EmbedRequest(
+            image=await _message(image, polarity, framing),
+            **self._asked(model, version),
+        )
+        response = await self._call(stub.Embed, request, timeout_seconds)
+        return Embedding(np.array(response.vector, np.float32), response.model, response.model_version)
 
     async def models(self, *, timeout_seconds: float | None = None) -> list[Model]:
         """
@@ -427,6 +526,12 @@ class ImageClient:
             raise self._error(error, seconds) from error
         finally:
             call.cancel()
+
+    def _asked(self, model: str | None, version: int | None) -> _Asked:
+        return {
+            "model": self._model if model is None else model,
+            "model_version": _checked("version", self._version if version is None else version),
+        }
 
     def _connected(self) -> Any:
         if self._open_channel is None:

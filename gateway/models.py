@@ -64,6 +64,8 @@ class LoadedVersion(Protocol):
     @property
     def num_classes(self) -> int: ...  # noqa: D102 - the class says it
     @property
+    def embedding_width(self) -> int: ...  # noqa: D102 - the class says it
+    @property
     def max_batch_size(self) -> int: ...  # noqa: D102 - the class says it
 
 
@@ -88,6 +90,8 @@ class ServedVersion:
     version: int
     class_names: tuple[str, ...]
     """By class index, as many as there are classes."""
+    embedding_width: int
+    """Numbers in an embedding; 0 where the model gives none."""
     max_batch_size: int
     """Most images Triton takes in one request."""
     card: Card
@@ -226,7 +230,7 @@ def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
     names = card.class_names
     if len(names) != loaded.num_classes:
         names = tuple(str(index) for index in range(loaded.num_classes))
-    return ServedVersion(loaded.name, loaded.version, names, loaded.max_batch_size, card)
+    return ServedVersion(loaded.name, loaded.version, names, loaded.embedding_width, loaded.max_batch_size, card)
 
 
 def _read_card(repository: Path, name: str, version: int) -> Card | str:

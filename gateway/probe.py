@@ -7,7 +7,7 @@ import structlog
 
 from gateway.errors import GatewayError
 from gateway.models import Catalog
-from gateway.triton import Inference, Triton, answer
+from gateway.triton import PROBABILITIES, Inference, Triton, answer
 from rpc.health import Health
 
 log = structlog.get_logger(__name__)
@@ -81,7 +81,8 @@ class Probe:
                 model.name,
                 model.version,
                 np.zeros((1, 28, 28), np.uint8),
-                num_classes=len(model.class_names),
+                PROBABILITIES,
+                width=len(model.class_names),
                 max_batch_size=model.max_batch_size,
             )
             await answer(call, self._timeout_seconds)

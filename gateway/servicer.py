@@ -27,11 +27,13 @@ from gateway.errors import (
 )
 from gateway.images import Framing, Limits, Picture, Pixels, Polarity, open_encoded, open_raw
 from gateway.models import Card, Catalog, ServedVersion
-from gateway.triton import Probabilities, Triton, answer
+from gateway.similarity import PIXEL_METHODS, Method, cosine
+from gateway.triton import EMBEDDING, PROBABILITIES, Output, Rows, Triton, answer
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedRequest | pb.CompareRequest
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Result = TypeVar("Result")
@@ -54,14 +56,18 @@ _POLARITIES: dict[int, Polarity] = {
     pb.POLARITY_DARK_ON_LIGHT: "dark_on_light",
 }
 _FRAMINGS: dict[int, Framing] = {pb.FRAMING_CENTER: "center", pb.FRAMING_STRETCH: "stretch"}
+_METHODS: dict[int, Method] = {
+    pb.SIMILARITY_METHOD_EMBEDDING_COSINE: "embedding_cosine",
+    pb.SIMILARITY_METHOD_PIXEL_COSINE: "pixel_cosine",
+    pb.SIMILARITY_METHOD_SSIM: "ssim",
+}
+_DEFAULT_METHOD = pb.SIMILARITY_METHOD_EMBEDDING_COSINE
 
 # Below both, decoding takes less than the hop to a thread and back, about 0.1 ms.
 _INLINE_BYTES = 64 * 1024
 _INLINE_PIXELS = 128 * 128
 # Images of a batch that share one hop.
 _CHUNK = 32
-
-_NOT_HERE = "not served by this version; Classify, ClassifyBatch and ListModels are"
 
 
 def _answering(
@@ -116,16 +122,12 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
     @_answering
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Classify one image."""
-        if not request.HasField("image"):
-            raise InvalidRequestError("image", "missing; give encoded or raw")
+        _require(request, "image")
         model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
         with self._admission.enter(1) as slot:
-            try:
-                pixels = await self._read(request.image, model.card)
-            except InvalidImageError as error:
-                raise error.within("image") from error
-            rows = await self._infer(model, pixels[np.newaxis], slot, request, context)
+            pixels = await self._read(request.image, model.card, field="image")
+            rows = await self._infer(model, pixels[np.newaxis], PROBABILITIES, slot, request, context)
         top = _top(rows, num_top, model)[0]
         return pb.ClassifyResponse(prediction=top[0], top=top, model=model.name, model_version=model.version)
 
@@ -143,13 +145,43 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             good = [one for one in read if not isinstance(one, InvalidImageError)]
             tops: list[list[pb.Prediction]] = []
             if good:
-                tops = _top(await self._infer(model, np.stack(good), slot, request, context), num_top, model)
+                rows = await self._infer(model, np.stack(good), PROBABILITIES, slot, request, context)
+                tops = _top(rows, num_top, model)
         answers = iter(tops)
         results = [
             _failure(one.within(f"images[{index}]")) if isinstance(one, InvalidImageError) else _success(next(answers))
             for index, one in enumerate(read)
         ]
         return pb.ClassifyBatchResponse(results=results, model=model.name, model_version=model.version)
+
+    @_answering
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        """Return the image as a vector of unit length."""
+        _require(request, "image")
+        model = await self._catalog.find(request.model, request.model_version)
+        if not model.embedding_width:
+            raise InvalidRequestError("model", _without_embedding(model))
+        with self._admission.enter(1) as slot:
+            pixels = await self._read(request.image, model.card, field="image")
+            rows = await self._infer(model, pixels[np.newaxis], EMBEDDING, slot, request, context)
+        return pb.EmbedResponse(vector=rows[0].tolist(), model=model.name, model_version=model.version)
+
+    @_answering
+    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
+        """Score how alike two images are; where that takes the model, both go to it in one request."""
+        _require(request, "first", "second")
+        model = await self._catalog.find(request.model, request.model_version)
+        number, method = _method(request, model)
+        with self._admission.enter(2) as slot:
+            first = await self._read(request.first, model.card, field="first")
+            second = await self._read(request.second, model.card, field="second")
+            if method == "embedding_cosine":
+                rows = await self._infer(model, np.stack((first, second)), EMBEDDING, slot, request, context)
+                # Rows of equal images may differ in their last bit.
+                score = 1.0 if np.array_equal(first, second) else cosine(rows[0], rows[1])
+            else:
+                score = PIXEL_METHODS[method](first, second)
+        return pb.CompareResponse(score=score, method=number, model=model.name, model_version=model.version)
 
     @_answering
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
@@ -172,25 +204,20 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Context
     ) -> AsyncIterator[pb.ClassifyStreamResponse]:
         """Answer UNIMPLEMENTED."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"ClassifyStream is {_NOT_HERE}")
+        await context.abort(
+            grpc.StatusCode.UNIMPLEMENTED, "ClassifyStream is not served by this version; every other RPC is"
+        )
         yield
-
-    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
-        """Answer UNIMPLEMENTED."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"Embed is {_NOT_HERE}")
-
-    async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
-        """Answer UNIMPLEMENTED."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"Compare is {_NOT_HERE}")
 
     async def _infer(
         self,
         model: ServedVersion,
         images: NDArray[np.uint8],
+        output: Output,
         slot: Slot,
-        request: pb.ClassifyRequest | pb.ClassifyBatchRequest,
+        request: InferenceRequest,
         context: Context,
-    ) -> Probabilities:
+    ) -> Rows:
         """Infer within the caller's time; a call that is left behind keeps its place in admission to its end."""
         seconds = self._upstream_timeout_seconds
         if (remaining := context.time_remaining()) is not None:
@@ -201,7 +228,8 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             model.name,
             model.version,
             images,
-            num_classes=len(model.class_names),
+            output,
+            width=model.embedding_width if output is EMBEDDING else len(model.class_names),
             max_batch_size=model.max_batch_size,
         )
         slot.hold()
@@ -218,7 +246,14 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             self._on_upstream_error()
             raise
 
-    async def _read(self, image: pb.Image, card: Card) -> Pixels:
+    async def _read(self, image: pb.Image, card: Card, *, field: str) -> Pixels:
+        """Read the image that the request holds in ``field``."""
+        try:
+            return await self._read_where_it_pays(image, card)
+        except InvalidImageError as error:
+            raise error.within(field) from error
+
+    async def _read_where_it_pays(self, image: pb.Image, card: Card) -> Pixels:
         polarity, framing = _polarity(image, card), _framing(image, card)
         if image.ByteSize() > _INLINE_BYTES:
             # Even a header may hide a long walk.
@@ -299,6 +334,26 @@ def _unknown(value: int, enum: Any) -> str:
     return f"{value}; allowed are {', '.join(f'{number} ({name})' for name, number in enum.items())}"
 
 
+def _require(request: InferenceRequest, *fields: str) -> None:
+    for field in fields:
+        if not request.HasField(field):  # type: ignore[arg-type]  # one of each message's own names
+            raise InvalidRequestError(field, "missing; give encoded or raw")
+
+
+def _method(request: pb.CompareRequest, model: ServedVersion) -> tuple[pb.SimilarityMethod.ValueType, Method]:
+    number = request.method or _DEFAULT_METHOD
+    method = _METHODS.get(number)
+    if method is None:
+        raise InvalidRequestError("method", _unknown(number, pb.SimilarityMethod))
+    if method == "embedding_cosine" and not model.embedding_width:
+        raise InvalidRequestError("method", f"{_without_embedding(model)}; allowed are PIXEL_COSINE and SSIM")
+    return number, method
+
+
+def _without_embedding(model: ServedVersion) -> str:
+    return f"{model.name} version {model.version} gives no embedding ({EMBEDDING.name})"
+
+
 def _num_top(request: pb.ClassifyRequest | pb.ClassifyBatchRequest, model: ServedVersion) -> int:
     num_classes = len(model.class_names)
     if request.top_k > num_classes:
@@ -308,7 +363,7 @@ def _num_top(request: pb.ClassifyRequest | pb.ClassifyBatchRequest, model: Serve
     return request.top_k or 1
 
 
-def _top(rows: Probabilities, num_top: int, model: ServedVersion) -> list[list[pb.Prediction]]:
+def _top(rows: Rows, num_top: int, model: ServedVersion) -> list[list[pb.Prediction]]:
     """For each row its most probable classes, best first; of equals the lower index first."""
     if num_top == 1:
         labels = rows.argmax(axis=1)[:, np.newaxis]

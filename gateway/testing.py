@@ -19,6 +19,13 @@ def label_of(image: NDArray[np.uint8]) -> int:
     return int(image.sum()) % 10
 
 
+def normalised(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the first 500 pixels of each image at unit length, each raised by one so that none is all zeros."""
+    rows = images.reshape(len(images), -1)[:, :500].astype(np.float32) + 1
+    unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit
+
+
 def confident(images: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return 0.91 for :func:`label_of` each image and 0.01 for every other class."""
     rows = np.full((len(images), 10), 0.01, np.float32)
@@ -36,6 +43,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         models: Ready versions by model name.
         max_batch_size: Of every model; more images in one request are refused.
         answer: Images, uint8 (N, 28, 28), to probabilities, float32.
+        embed: Images, uint8 (N, 28, 28), to embeddings, float32; ``None``: no model has that output.
         failure: Status and text that every ModelInfer ends with, where not ``None``.
         rewrite: Last change to a ModelInferResponse before it is sent.
         gate: ModelInfer waits for it; set it to let answers out. Open at first.
@@ -50,6 +58,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.max_batch_size = max_batch_size
         self.dims = [1, 28, 28]
         self.answer: Answer = confident
+        self.embed: Answer | None = normalised
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.rewrite: Callable[[Any], None] = lambda response: None
         self.gate = asyncio.Event()
@@ -118,10 +127,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                     model_config_pb2.ModelInput(name="image", data_type=model_config_pb2.TYPE_UINT8, dims=self.dims)
                 ],
                 output=[
-                    model_config_pb2.ModelOutput(
-                        name="probabilities__0", data_type=model_config_pb2.TYPE_FP32, dims=[10]
-                    ),
-                    model_config_pb2.ModelOutput(name="embedding__1", data_type=model_config_pb2.TYPE_FP32, dims=[500]),
+                    model_config_pb2.ModelOutput(name=name, data_type=model_config_pb2.TYPE_FP32, dims=[width])
+                    for name, width in (("probabilities__0", 10), ("embedding__1", 500))[: 2 if self.embed else 1]
                 ],
             )
         )
@@ -145,16 +152,17 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"inference request batch-size must be <= {self.max_batch_size} for '{request.model_name}'",
             )
-        rows = self.answer(images)
+        outputs: dict[str, Answer | None] = {"probabilities__0": self.answer, "embedding__1": self.embed}
+        asked = {output.name: answer for output in request.outputs if (answer := outputs[output.name])}
+        rows = [answer(images) for answer in asked.values()]
         response = service_pb2.ModelInferResponse(
             model_name=request.model_name,
             model_version=request.model_version,
             outputs=[
-                service_pb2.ModelInferResponse.InferOutputTensor(
-                    name="probabilities__0", datatype="FP32", shape=rows.shape
-                )
+                service_pb2.ModelInferResponse.InferOutputTensor(name=name, datatype="FP32", shape=part.shape)
+                for name, part in zip(asked, rows, strict=True)
             ],
-            raw_output_contents=[rows.tobytes()],
+            raw_output_contents=[part.tobytes() for part in rows],
         )
         self.rewrite(response)
         return response

@@ -1,12 +1,12 @@
 """
-Triton behind one channel: what it has ready, and images in, probabilities out.
+Triton behind one channel: what it has ready, and images in, probabilities or embeddings out.
 
 Triton 2.51 may crash when a ModelInfer is cancelled or its deadline passes (server#7368, server#8034). So none gets
 a deadline here and none is cancelled: it runs in a task of its own, and whoever waits for it may leave.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +29,36 @@ from gateway.errors import (
 
 log = structlog.get_logger(__name__)
 
-Probabilities = NDArray[np.float32]
-Inference = asyncio.Task[Probabilities]
+Rows = NDArray[np.float32]
+Inference = asyncio.Task[Rows]
 
 # Names follow libtorch's rule: inputs by forward's argument, outputs by __index.
 _INPUT, _INPUT_DIMS = "image", [1, 28, 28]
-_PROBABILITIES = "probabilities__0"
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One of the model's answers: a row of float32 for each image, and what holds for every row."""
+
+    name: str
+    """Name of Triton's tensor."""
+    promise: str
+    """What :attr:`holds` tells, in words."""
+    holds: Callable[[Rows], bool]
+    """NaN and infinity fail it: they fail every comparison."""
+
+
+PROBABILITIES = Output(
+    "probabilities__0",
+    "probabilities that sum to 1",
+    lambda rows: bool((np.abs(rows.sum(axis=1) - 1) <= _TOLERANCE).all() and rows.min() >= 0),
+)
+EMBEDDING = Output(
+    "embedding__1",
+    "vectors of unit length",
+    lambda rows: bool((np.abs(np.linalg.norm(rows, axis=1) - 1) <= _TOLERANCE).all()),
+)
 
 _CHANNEL_OPTIONS = (
     # A cut link is noticed within 15 s while a call waits; Triton takes three pings without data as abuse, and the
@@ -61,6 +85,8 @@ class ReadyVersion:
     num_classes: int
     max_batch_size: int
     """Most images in one request, at least 1."""
+    embedding_width: int = 0
+    """Numbers in an embedding; 0 where the model gives none."""
 
 
 class Triton:
@@ -99,7 +125,7 @@ class Triton:
         return [found for found in described if isinstance(found, ReadyVersion)]
 
     def infer(
-        self, name: str, version: int, images: NDArray[np.uint8], *, num_classes: int, max_batch_size: int
+        self, name: str, version: int, images: NDArray[np.uint8], output: Output, *, width: int, max_batch_size: int
     ) -> Inference:
         """
         Send images to a model and return the running task; wait for it with :func:`answer`, never cancel it.
@@ -110,15 +136,16 @@ class Triton:
             name: Model.
             version: At least 1.
             images: uint8, shape (N, 28, 28), N at least 1.
-            num_classes: Length of each row of the answer.
+            output: Which of its answers; the others are neither computed nor sent.
+            width: Length of each row of the answer.
             max_batch_size: At least 1.
 
         Returns:
-            Task of float32, shape (N, num_classes): finite, each row summing to 1 within 1e-3. It raises
-            :class:`GatewayError` and what that means is told in gateway/errors.py.
+            Task of float32, shape (N, width), every row as ``output`` promises. It raises :class:`GatewayError`
+            and what that means is told in gateway/errors.py.
         """
         parts = [images[start : start + max_batch_size] for start in range(0, len(images), max_batch_size)]
-        call = asyncio.create_task(self._infer_all(name, version, parts, num_classes))
+        call = asyncio.create_task(self._infer_all(name, version, parts, output, width))
         self._running.add(call)
         call.add_done_callback(self._forget)
         return call
@@ -130,22 +157,22 @@ class Triton:
         await self._channel.close()
 
     async def _infer_all(
-        self, name: str, version: int, parts: Sequence[NDArray[np.uint8]], num_classes: int
-    ) -> Probabilities:
+        self, name: str, version: int, parts: Sequence[NDArray[np.uint8]], output: Output, width: int
+    ) -> Rows:
         if len(parts) == 1:
-            return await self._infer_one(name, version, parts[0], num_classes)
+            return await self._infer_one(name, version, parts[0], output, width)
         # All of them end before this does: only then is the caller's place free.
         answers = await asyncio.gather(
-            *(self._infer_one(name, version, part, num_classes) for part in parts), return_exceptions=True
+            *(self._infer_one(name, version, part, output, width) for part in parts), return_exceptions=True
         )
-        rows: list[Probabilities] = []
+        rows: list[Rows] = []
         for part in answers:
             if isinstance(part, BaseException):
                 raise part
             rows.append(part)
         return np.concatenate(rows)
 
-    async def _infer_one(self, name: str, version: int, images: NDArray[np.uint8], num_classes: int) -> Probabilities:
+    async def _infer_one(self, name: str, version: int, images: NDArray[np.uint8], output: Output, width: int) -> Rows:
         request = service_pb2.ModelInferRequest(
             model_name=name,
             model_version=str(version),
@@ -154,15 +181,15 @@ class Triton:
                     name=_INPUT, datatype="UINT8", shape=(len(images), *_INPUT_DIMS)
                 )
             ],
-            # Named, or Triton computes and sends the embedding too.
-            outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=_PROBABILITIES)],
+            # Named, or Triton computes and sends every output.
+            outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name)],
             raw_input_contents=[images.tobytes()],
         )
         try:
             response = await self._stub.ModelInfer(request)
         except grpc.aio.AioRpcError as error:
             raise self._translate(error, name, version) from error
-        return _probabilities(response, len(images), num_classes)
+        return _rows(response, output, len(images), width)
 
     async def _describe(self, name: str, version: int) -> ReadyVersion | GatewayError:
         request = service_pb2.ModelConfigRequest(name=name, version=str(version))
@@ -205,7 +232,7 @@ class Triton:
             call.exception()
 
 
-async def answer(call: Inference, timeout_seconds: float) -> Probabilities:
+async def answer(call: Inference, timeout_seconds: float) -> Rows:
     """
     Wait for an inference. Whether this is cancelled or runs out of time, the call runs on.
 
@@ -226,29 +253,35 @@ def _ready_version(name: str, version: int, config: Any) -> ReadyVersion:
     inputs = [(one.name, one.data_type, list(one.dims)) for one in config.input]
     if inputs != [(_INPUT, model_config_pb2.TYPE_UINT8, _INPUT_DIMS)]:
         raise UpstreamContractError(f"its input has to be {_INPUT}, uint8, {_INPUT_DIMS}")
-    output = next((one for one in config.output if one.name == _PROBABILITIES), None)
-    if output is None or output.data_type != model_config_pb2.TYPE_FP32 or len(output.dims) != 1:
-        raise UpstreamContractError(f"it needs an output {_PROBABILITIES}, float32, one number for each class")
-    if output.dims[0] < 1 or config.max_batch_size < 1:
+    num_classes = _width(config, PROBABILITIES)
+    if num_classes is None:
+        raise UpstreamContractError(f"it needs an output {PROBABILITIES.name}, float32, one number for each class")
+    if num_classes < 1 or config.max_batch_size < 1:
         raise UpstreamContractError("it needs at least one class and max_batch_size of at least 1")
-    return ReadyVersion(name, version, output.dims[0], config.max_batch_size)
+    return ReadyVersion(name, version, num_classes, config.max_batch_size, max(_width(config, EMBEDDING) or 0, 0))
 
 
-def _probabilities(response: Any, num_images: int, num_classes: int) -> Probabilities:
+def _width(config: Any, wanted: Output) -> int | None:
+    """Return the length of that output's rows, None where the model has no such output of float32 rows."""
+    output = next((one for one in config.output if one.name == wanted.name), None)
+    if output is None or output.data_type != model_config_pb2.TYPE_FP32 or len(output.dims) != 1:
+        return None
+    return int(output.dims[0])
+
+
+def _rows(response: Any, wanted: Output, num_images: int, width: int) -> Rows:
+    def broken(expected: str, found: str) -> UpstreamContractError:
+        log.error("upstream broke the contract", expected=expected, found=found)
+        return UpstreamContractError(f"the model did not answer with {wanted.promise}")
+
     if len(response.outputs) != 1 or len(response.raw_output_contents) != 1:
-        raise _broken_contract("one output", f"{len(response.outputs)}")
+        raise broken("one output", f"{len(response.outputs)}")
     output, raw = response.outputs[0], response.raw_output_contents[0]
-    if output.name != _PROBABILITIES or output.datatype != "FP32":
-        raise _broken_contract(f"{_PROBABILITIES} FP32", f"{output.name} {output.datatype}")
-    if list(output.shape) != [num_images, num_classes] or len(raw) != 4 * num_images * num_classes:
-        raise _broken_contract(f"shape {[num_images, num_classes]}", f"{list(output.shape)}, {len(raw)} bytes")
-    rows = np.frombuffer(raw, "<f4").reshape(num_images, num_classes)
-    # NaN and infinity fail the comparison of the sum.
-    if not (np.abs(rows.sum(axis=1) - 1) <= 1e-3).all() or rows.min() < 0:
-        raise _broken_contract("probabilities that sum to 1", "rows that do not")
+    if output.name != wanted.name or output.datatype != "FP32":
+        raise broken(f"{wanted.name} FP32", f"{output.name} {output.datatype}")
+    if list(output.shape) != [num_images, width] or len(raw) != 4 * num_images * width:
+        raise broken(f"shape {[num_images, width]}", f"{list(output.shape)}, {len(raw)} bytes")
+    rows = np.frombuffer(raw, "<f4").reshape(num_images, width)
+    if not wanted.holds(rows):
+        raise broken(wanted.promise, "other rows")
     return rows
-
-
-def _broken_contract(expected: str, found: str) -> UpstreamContractError:
-    log.error("upstream broke the contract", expected=expected, found=found)
-    return UpstreamContractError("the model answered with something that is not probabilities")

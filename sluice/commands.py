@@ -5,12 +5,14 @@ import json
 import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from gateway.settings import GatewaySettings
 from rpc import log
+from rpc.address import joined
+from rpc.settings import load
 from serving.settings import TritonSettings
 from sluice.options import with_options
 from sluice.readiness import announce
@@ -25,6 +27,15 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
+
+
+# As in gateway.client, which takes as long to import as NumPy.
+Similarity = Literal["unspecified", "embedding_cosine", "pixel_cosine", "ssim"]
+
+
+def _gateway_address() -> str:
+    place = load(GatewaySettings)
+    return joined(place.host, place.port)
 
 
 def _say(line: str) -> None:
@@ -90,10 +101,11 @@ def gateway(settings: GatewaySettings) -> None:
 @with_options(TritonSettings)
 def triton(settings: TritonSettings) -> None:
     """Run a Triton Inference Server without a container; installs it on first use."""
+    from serving.triton import serve
     from sluice.interruption import run_until_stopped
-    from sluice.line import run_triton
 
-    asyncio.run(run_until_stopped(run_triton(settings, on_ready=announce, report=_say)))
+    log.configure()
+    asyncio.run(run_until_stopped(serve(settings, on_ready=announce, report=_say)))
 
 
 @data.command()
@@ -102,7 +114,6 @@ def fetch(
     folder: Annotated[Path | None, typer.Option("--data", help="Folder of IDX files to check instead.")] = None,
 ) -> None:
     """Get a data set into the local cache and say what it holds."""
-    from rpc.settings import load
     from streamer.datasets import find
     from streamer.source import load as read
 
@@ -157,15 +168,29 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
 ) -> None:
     """Print digit and probability for each file; exits 1 when one of them cannot be read."""
-    from rpc.address import joined
-    from rpc.settings import load as read
     from sluice.classify import run
 
-    if server is None:
-        place = read(GatewaySettings)
-        server = joined(place.host, place.port)
-    failed = asyncio.run(run(files, server=server, model=model, as_json=as_json))
+    failed = asyncio.run(run(files, server=server or _gateway_address(), model=model, as_json=as_json))
     raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="An image: PNG, JPEG, BMP, GIF, WebP, TIFF or PGM.")],
+    second: Annotated[Path, typer.Argument(help="Another one; the order does not matter.")],
+    method: Annotated[
+        Similarity, typer.Option(help="How; by default the cosine of the model's embeddings.")
+    ] = "unspecified",
+    server: Annotated[
+        str | None, typer.Option(help="Address of the gateway, host:port; by default where its settings put it.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="Model name; the server's default when not given.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print how alike two images are: -1..1, and 1 for equal ones."""
+    from sluice.compare import run
+
+    asyncio.run(run(first, second, server=server or _gateway_address(), model=model, method=method, as_json=as_json))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from PIL import Image
 
 from gateway.client import (
     Classification,
+    Comparison,
     DeadlineError,
     ImageClient,
     ImageError,
@@ -25,7 +26,7 @@ from gateway.client import (
 )
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton, label_of
+from gateway.testing import FakeTriton, label_of, normalised
 from rpc.health import Health
 
 MODES = ("LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F")
@@ -64,6 +65,28 @@ async def test_classify_takes_every_kind_of_image(
         assert (answer.label, answer.name) == (label_of(digit), str(label_of(digit)))
         assert answer.probability == pytest.approx(0.91)
         assert (answer.model, answer.version, len(answer.top)) == ("mnist", 1, 1)
+
+
+async def test_compare_takes_two_kinds_of_images_and_tells_its_method(
+    client: ImageClient, data: bytes, digit: NDArray[np.uint8]
+) -> None:
+    assert await client.compare(data, digit) == Comparison(1.0, "embedding_cosine", None, "mnist", 1)
+    assert (await client.compare(data, digit, method="ssim")).method == "ssim"
+    assert (await client.compare(data, digit.T)).score < 1
+
+
+async def test_compare_names_the_image_that_is_bad(client: ImageClient, data: bytes) -> None:
+    with pytest.raises(InvalidInputError, match=r"^second\.encoded: not a readable image"):
+        await client.compare(data, b"hello")
+    with pytest.raises(InvalidInputError, match=r"^method: 'psnr'; allowed are unspecified, embedding_cosine"):
+        await client.compare(data, data, method="psnr")  # type: ignore[arg-type]  # the point
+
+
+async def test_embed_returns_the_models_vector(client: ImageClient, data: bytes, digit: NDArray[np.uint8]) -> None:
+    embedding = await client.embed(data)
+
+    np.testing.assert_array_equal(embedding.vector, normalised(digit[np.newaxis])[0])
+    assert (embedding.vector.dtype, embedding.model, embedding.version) == (np.dtype(np.float32), "mnist", 1)
 
 
 async def test_pillow_image_is_turned_like_its_file(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton, confident, label_of
+from gateway.testing import FakeTriton, confident, label_of, normalised
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 
@@ -240,6 +240,125 @@ async def test_list_models_tells_what_is_ready_now(stub: Any, triton: FakeTriton
     assert (second.name, second.is_default) == ("other", False)
 
 
+# Embed and Compare
+
+METHODS = [
+    pb.SIMILARITY_METHOD_EMBEDDING_COSINE,
+    pb.SIMILARITY_METHOD_PIXEL_COSINE,
+    pb.SIMILARITY_METHOD_SSIM,
+]
+
+
+async def test_embed_answers_with_the_models_vector(stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]) -> None:
+    response = await stub.Embed(pb.EmbedRequest(image=picture(digit)))
+
+    np.testing.assert_array_equal(response.vector, normalised(digit[np.newaxis])[0])
+    assert (response.model, response.model_version) == ("mnist", 1)
+    assert [output.name for output in triton.requests[-1].outputs] == ["embedding__1"]
+
+
+async def test_both_images_of_a_comparison_leave_in_one_request(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    turned = np.ascontiguousarray(digit.T)
+    response = await stub.Compare(pb.CompareRequest(first=picture(digit), second=picture(turned)))
+
+    (images,) = [images for images in triton.received if len(images) == 2]
+    np.testing.assert_array_equal(images, [digit, turned])
+    first, second = normalised(np.stack((digit, turned)))
+    assert response.score == pytest.approx(first @ second, abs=1e-6)
+    assert response.method == pb.SIMILARITY_METHOD_EMBEDDING_COSINE
+    assert not response.HasField("same_class_probability")
+    assert (response.model, response.model_version) == ("mnist", 1)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=pb.SimilarityMethod.Name)
+async def test_equal_images_score_one_and_order_does_not_matter(
+    stub: Any, digit: NDArray[np.uint8], method: pb.SimilarityMethod.ValueType
+) -> None:
+    async def score(first: NDArray[np.uint8], second: NDArray[np.uint8]) -> float:
+        request = pb.CompareRequest(first=picture(first), second=picture(second), method=method)
+        response = await stub.Compare(request)
+        assert response.method == method
+        return float(response.score)
+
+    turned = np.ascontiguousarray(digit.T)
+    assert await score(digit, digit) == 1.0
+    assert await score(digit, turned) == pytest.approx(await score(turned, digit), abs=1e-6)
+    assert await score(digit, turned) < 0.999
+
+
+async def test_equal_images_score_one_where_their_rows_differ_by_rounding(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    def trembling(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        rows = normalised(images)
+        rows[1, ::2] *= np.float32(1.001)
+        unit: NDArray[np.float32] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        return unit
+
+    triton.embed = trembling
+    response = await stub.Compare(pb.CompareRequest(first=picture(digit), second=picture(digit)))
+    assert response.score == 1.0
+
+
+async def test_comparing_pixels_asks_no_model(stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]) -> None:
+    triton.failure = grpc.StatusCode.INTERNAL, "the model is broken"
+    for method in METHODS[1:]:
+        request = pb.CompareRequest(first=picture(digit), second=picture(digit), method=method)
+        assert (await stub.Compare(request)).score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"first": None}, "first: missing; give encoded or raw"),
+        ({"second": None}, "second: missing; give encoded or raw"),
+        ({"second": pb.Image()}, "second: missing; give encoded or raw"),
+        ({"second": pb.Image(encoded=b"hello")}, "second.encoded: not a readable image"),
+        ({"second": pb.Image(raw=pb.RawImage(height=2, width=2, pixels=b"123"))}, "second.raw.pixels: 3 bytes"),
+        ({"first": pb.Image(encoded=TRUNCATED)}, "first.encoded: "),
+        ({"method": 9}, "method: 9; allowed are 0 (SIMILARITY_METHOD_UNSPECIFIED)"),
+    ],
+)
+async def test_bad_comparison_names_the_field_and_the_next_one_succeeds(
+    stub: Any, digit: NDArray[np.uint8], change: dict[str, Any], told: str
+) -> None:
+    good: dict[str, Any] = {"first": picture(digit), "second": picture(digit)}
+    code, details = await refusal(stub.Compare(pb.CompareRequest(**(good | change))))
+    assert code is INVALID
+    assert details.startswith(told)
+
+    assert (await stub.Compare(pb.CompareRequest(**good))).score == 1.0
+
+
+async def test_model_without_embedding_is_named_and_still_compares_pixels(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    triton.embed = None
+    triton.models["plain"] = [3]
+    pair: dict[str, Any] = {"first": picture(digit), "second": picture(digit), "model": "plain"}
+    lacks = "plain version 3 gives no embedding (embedding__1)"
+    assert await refusal(stub.Embed(pb.EmbedRequest(image=picture(digit), model="plain"))) == (
+        INVALID,
+        f"model: {lacks}",
+    )
+    assert await refusal(stub.Compare(pb.CompareRequest(**pair))) == (
+        INVALID,
+        f"method: {lacks}; allowed are PIXEL_COSINE and SSIM",
+    )
+    assert (await stub.Compare(pb.CompareRequest(method=pb.SIMILARITY_METHOD_SSIM, **pair))).score == 1.0
+
+
+@pytest.mark.parametrize("factor", [np.float32(2), np.float32(np.nan)])
+async def test_embedding_that_is_not_of_unit_length_is_internal(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8], factor: np.float32
+) -> None:
+    triton.embed = lambda images: normalised(images) * factor
+    told = await refusal(stub.Compare(pb.CompareRequest(first=picture(digit), second=picture(digit.T.copy()))))
+    assert told == (grpc.StatusCode.INTERNAL, "the model did not answer with vectors of unit length")
+
+
 # Upstream
 
 
@@ -257,7 +376,7 @@ async def test_poisoned_answer_is_internal_and_not_passed_on(
     triton.answer = answer
     code, details = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit))))
     assert code is grpc.StatusCode.INTERNAL
-    assert details == "the model answered with something that is not probabilities"
+    assert details == "the model did not answer with probabilities that sum to 1"
 
     code, _ = await refusal(stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[picture(digit)] * 3)))
     assert code is grpc.StatusCode.INTERNAL
@@ -368,12 +487,10 @@ async def test_upstream_timeout_bounds_a_caller_without_deadline(
 # What comes with a later version
 
 
-async def test_rpcs_of_a_later_version_are_unimplemented(stub: Any) -> None:
+async def test_classify_stream_is_unimplemented(stub: Any) -> None:
     async def requests() -> AsyncIterator[pb.ClassifyStreamRequest]:
         yield pb.ClassifyStreamRequest(id=1)
 
-    told = "not served by this version; Classify, ClassifyBatch and ListModels are"
-    unimplemented = grpc.StatusCode.UNIMPLEMENTED
-    assert await refusal(stub.Embed(pb.EmbedRequest())) == (unimplemented, f"Embed is {told}")
-    assert await refusal(stub.Compare(pb.CompareRequest())) == (unimplemented, f"Compare is {told}")
-    assert await refusal(stub.ClassifyStream(requests()).read()) == (unimplemented, f"ClassifyStream is {told}")
+    code, details = await refusal(stub.ClassifyStream(requests()).read())
+    assert code is grpc.StatusCode.UNIMPLEMENTED
+    assert details == "ClassifyStream is not served by this version; every other RPC is"

@@ -16,7 +16,7 @@ from gateway.errors import (
     UpstreamUnavailableError,
 )
 from gateway.testing import FakeTriton, confident
-from gateway.triton import Inference, Triton, answer
+from gateway.triton import PROBABILITIES, Inference, Triton, answer
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ async def adapter(triton: FakeTriton) -> AsyncIterator[Triton]:
 
 def infer(adapter: Triton, num_images: int = 1, version: int = 1) -> Inference:
     images = np.random.default_rng(num_images).integers(0, 256, (num_images, 28, 28), np.uint8)
-    return adapter.infer("mnist", version, images, num_classes=10, max_batch_size=64)
+    return adapter.infer("mnist", version, images, PROBABILITIES, width=10, max_batch_size=64)
 
 
 async def test_images_arrive_as_sent_and_only_probabilities_are_asked_for(adapter: Triton, triton: FakeTriton) -> None:
@@ -42,7 +42,7 @@ async def test_images_arrive_as_sent_and_only_probabilities_are_asked_for(adapte
 
 async def test_batch_above_the_models_limit_is_split_in_order(adapter: Triton, triton: FakeTriton) -> None:
     images = np.random.default_rng(0).integers(0, 256, (150, 28, 28), np.uint8)
-    rows = await answer(adapter.infer("mnist", 1, images, num_classes=10, max_batch_size=64), 5)
+    rows = await answer(adapter.infer("mnist", 1, images, PROBABILITIES, width=10, max_batch_size=64), 5)
 
     assert np.array_equal(rows, confident(images))
     assert sorted(map(len, triton.received)) == [22, 64, 64]
@@ -129,7 +129,7 @@ async def test_poisoned_answer_breaks_the_contract(
     adapter: Triton, triton: FakeTriton, rewrite: Callable[[Any], None]
 ) -> None:
     triton.rewrite = rewrite
-    with pytest.raises(UpstreamContractError, match="not probabilities"):
+    with pytest.raises(UpstreamContractError, match="did not answer with probabilities"):
         await answer(infer(adapter), 5)
 
 

@@ -79,6 +79,44 @@ async def test_calls_at_once_are_run_in_batches(line: Line, digits: Split) -> No
     assert executions < inferences / 3
 
 
+async def test_pictures_of_one_digit_are_more_alike_than_of_two(line: Line, digits: Split) -> None:
+    chance = np.random.default_rng(0)
+
+    def pair(*, same: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        first = chance.integers(len(digits.labels))
+        others = np.flatnonzero((digits.labels == digits.labels[first]) == same)
+        return digits.images[first], digits.images[chance.choice(others[others != first])]
+
+    async with ImageClient(line.address("gateway"), timeout_seconds=60) as client:
+
+        async def score(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> float:
+            async with callers:
+                return (await client.compare(*pair)).score
+
+        callers = asyncio.Semaphore(32)
+        same = await asyncio.gather(*(score(pair(same=True)) for _ in range(1000)))
+        different = await asyncio.gather(*(score(pair(same=False)) for _ in range(1000)))
+
+    ordered = float(np.mean(np.array(same) > np.array(different)))
+
+    # One epoch of 4,000 images; 0.5 is chance. The containers' test asks more of the whole recipe.
+    assert ordered > 0.85
+
+
+def test_compare_prints_the_score_and_names_the_file_that_is_bad(line: Line, digits: Split, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(encoded(digits.images[0], "PNG"))
+    bad.write_bytes(b"not a picture")
+    server = ("--server", line.address("gateway"))
+    assert line.sluice("compare", *server, str(good), str(good)).stdout.startswith("1.0000  (embedding cosine, mnist")
+
+    done = line.sluice("compare", *server, str(good), str(bad))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{bad}: not a readable image" in done.stderr
+    done = line.sluice("compare", *server, "gone.png", str(good))
+    assert "gone.png" in done.stderr
+
+
 @pytest.mark.parametrize("ask", [{"model": "cifar"}, {"version": 77}], ids=["model", "version"])
 async def test_what_is_not_served_is_named_and_the_next_request_succeeds(
     line: Line, digits: Split, ask: dict[str, str | int]

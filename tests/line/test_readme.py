@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_request_from_python_prints_digit_and_probability(line: Line) -> None:
+def test_request_from_python_prints_digit_probability_and_score(line: Line) -> None:
     program = BLOCKS[0].replace("localhost:50051", line.address("gateway"))
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
 
-    assert re.fullmatch(r"\d [01]\.\d+\n", done.stdout), done.stderr
+    assert re.fullmatch(r"\d [01]\.\d+\n[01]\.\d+\n", done.stdout), done.stderr
 
 
 async def test_stream_is_read_to_the_end_of_the_epoch(line: Line, capsys: pytest.CaptureFixture[str]) -> None:
