@@ -1,10 +1,11 @@
-# Sluice: `make` explains the targets. Every one but help and clean prepares .venv first.
+# Sluice: `make` explains the targets. Every one but help, dist and clean prepares .venv first.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up test test-full check format bench protos lock dist clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV := .venv
+DIST := dist
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -60,10 +61,12 @@ lock: setup ## Choose the versions in requirements/lock.txt anew
 	  --no-emit-index-url --no-emit-find-links --no-header --no-annotate -o requirements/lock.txt pyproject.toml
 	sed -i -e '/^sluice @/d' -e '/considered to be unsafe/,$$d' requirements/lock.txt
 
-dist: setup ## Pack the committed sources into dist/sluice-VERSION.tar.gz
-	@mkdir -p dist
+dist: ## Pack the committed sources into dist/sluice-VERSION.tar.gz, from which make demo and make test work
+	@git rev-parse --verify -q HEAD >/dev/null || { echo "make dist packs what git has committed, and this is no clone" >&2; exit 1; }
+	@git diff --quiet HEAD || echo "note: changes that are not committed are left out" >&2
+	@mkdir -p $(DIST)
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml | head -1); \
-	  git archive --format=tar.gz --prefix=sluice-$$version/ -o dist/sluice-$$version.tar.gz HEAD && ls -sh dist/sluice-$$version.tar.gz
+	  git archive --format=tar.gz --prefix=sluice-$$version/ -o $(DIST)/sluice-$$version.tar.gz HEAD && ls -sh $(DIST)/sluice-$$version.tar.gz
 
 clean: ## Remove .venv and everything made by building and testing; keeps models, runs and the cache
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
