@@ -19,10 +19,17 @@ class Admission:
 
     Args:
         max_images: Bound, at least 1.
+
+    Attributes:
+        max_images: The same.
+        num_admitted: Images let in so far.
+        num_refused: Images refused so far.
     """
 
     def __init__(self, max_images: int) -> None:
-        self._max_images = max_images
+        self.max_images = max_images
+        self.num_admitted = 0
+        self.num_refused = 0
         self._num_images = 0
         self._seconds_in_flight = 0.05
 
@@ -38,14 +45,16 @@ class Admission:
         Raises:
             OverloadedError: It does not fit; carries the usual time in flight as the time to wait.
         """
-        if self._num_images + num_images > self._max_images:
+        if self._num_images + num_images > self.max_images:
+            self.num_refused += num_images
             shortest, longest = _RETRY_SECONDS
             raise OverloadedError(
                 f"overloaded: {self._num_images} images are in flight and {num_images} more would exceed "
-                f"{self._max_images}; try again later",
+                f"{self.max_images}; try again later",
                 retry_after_seconds=min(max(shortest, self._seconds_in_flight), longest),
             )
         self._num_images += num_images
+        self.num_admitted += num_images
         return Slot(self, num_images)
 
     def _leave(self, num_images: int, seconds: float) -> None:

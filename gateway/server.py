@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from PIL import Image
 
 from gateway.admission import Admission
 from gateway.images import Limits
+from gateway.metrics import GatewayMetrics
 from gateway.models import Catalog
 from gateway.probe import Probe
 from gateway.servicer import ImageServicer
@@ -24,10 +26,16 @@ from rpc.address import joined
 from rpc.health import MAX_WATCHERS, Health
 from rpc.interceptor import Guard
 from rpc.lifecycle import bind, run_until_signalled
+from rpc.telemetry import Endpoint
 
-SERVICE = image_service_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name
+log = structlog.get_logger(__name__)
+
+_DESCRIPTOR = image_service_pb2.DESCRIPTOR.services_by_name["ImageService"]
+SERVICE = _DESCRIPTOR.full_name
 """Name of the service in health checks and reflection."""
 
+_PORT_OPTION = "--port or SLUICE_GATEWAY_PORT"
+_METRICS_PORT_OPTION = "--metrics-port or SLUICE_GATEWAY_METRICS_PORT"
 # Health watches, and checks and reflection, beside the calls that admission counts.
 _SPARE_RPCS = MAX_WATCHERS + 128
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
@@ -43,15 +51,19 @@ class GatewayServer:
 
     Attributes:
         address: ``host:port`` that it listens on.
+        metrics_url: Where Prometheus finds its metrics, until the drain is over.
         grpc_server: The started server.
     """
 
     address: str
+    metrics_url: str
     grpc_server: grpc.aio.Server
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._health = Health(["", SERVICE])
+        self._admission = Admission(settings.max_in_flight)
+        self._metrics = GatewayMetrics(_DESCRIPTOR, admission=self._admission, health=self._health)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -59,7 +71,7 @@ class GatewayServer:
         Listen.
 
         Raises:
-            PortTakenError: The address cannot be bound.
+            PortTakenError: An address cannot be bound.
         """
         async with AsyncExitStack() as stack:
             await self._start(stack)
@@ -80,17 +92,10 @@ class GatewayServer:
         settings = self._settings
         # Above its own limit, far beyond ours, Pillow only warns.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        server = self._listen(stack)
 
-        server = grpc.aio.server(
-            interceptors=(Guard(),),
-            options=_options(settings),
-            maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
-        )
-        port = bind(server, settings.host, settings.port, option="--port or SLUICE_GATEWAY_PORT")
-        self.address = joined(settings.host, port)
-        self.grpc_server = server
-
-        # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel.
+        # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel; the
+        # metrics go last, so that a drain can be watched.
         triton = Triton(settings.triton, control_timeout_seconds=settings.probe_timeout_seconds)
         stack.push_async_callback(triton.close, min(settings.drain_seconds, _LEFT_CALLS_SECONDS))
         decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
@@ -104,15 +109,20 @@ class GatewayServer:
             timeout_seconds=settings.probe_timeout_seconds,
         )
         stack.push_async_callback(probe.stop)
+
+        def on_upstream_error() -> None:
+            self._metrics.count_upstream_error()
+            probe.hasten()
+
         servicer = ImageServicer(
             catalog=catalog,
-            admission=Admission(settings.max_in_flight),
+            admission=self._admission,
             triton=triton,
             decoders=decoders,
             limits=Limits(settings.max_image_bytes, settings.max_pixels),
             max_batch_images=settings.max_batch_images,
             upstream_timeout_seconds=settings.upstream_timeout_seconds,
-            on_upstream_error=probe.hasten,
+            on_upstream_error=on_upstream_error,
         )
         image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
@@ -121,6 +131,21 @@ class GatewayServer:
         stack.push_async_callback(server.stop, settings.drain_seconds)
         await server.start()
         probe.start()
+
+    def _listen(self, stack: AsyncExitStack) -> grpc.aio.Server:
+        settings = self._settings
+        endpoint = Endpoint(self._metrics.registry, settings.host, settings.metrics_port, option=_METRICS_PORT_OPTION)
+        stack.callback(endpoint.close)
+        self.metrics_url = endpoint.url
+        server = grpc.aio.server(
+            interceptors=(Guard(self._metrics.methods),),
+            options=_options(settings),
+            maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
+        )
+        port = bind(server, settings.host, settings.port, option=_PORT_OPTION)
+        self.address = joined(settings.host, port)
+        self.grpc_server = server
+        return server
 
 
 async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -132,9 +157,10 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
         on_ready: Called with ``host:port`` once it listens, which is before the first inference has worked.
 
     Raises:
-        PortTakenError: The address cannot be bound.
+        PortTakenError: An address cannot be bound.
     """
     async with GatewayServer(settings) as gateway:
+        log.info("listening", address=gateway.address, metrics=gateway.metrics_url)
         if on_ready is not None:
             on_ready(gateway.address)
         await run_until_signalled(gateway.grpc_server, grace_seconds=settings.drain_seconds, on_drain=gateway.drain)

@@ -22,6 +22,8 @@ class GatewaySettings(Settings):
     """Name or address to listen on; ``0.0.0.0`` for every IPv4 interface."""
     port: int = Field(50051, ge=0, le=65535)
     """Port to listen on; 0 takes any free one."""
+    metrics_port: int = Field(9101, ge=0, le=65535)
+    """Port of ``/metrics`` for Prometheus, on the same host; 0 takes any free one."""
     triton: str = Field("127.0.0.1:8001", min_length=1)
     """``host:port`` of Triton's gRPC endpoint."""
 

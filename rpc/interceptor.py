@@ -1,15 +1,18 @@
-"""Around every RPC: requests that parse, one log line, and no internals on the wire."""
+"""Around every RPC: requests that parse, one log line, its metrics, and no internals on the wire."""
 
 from __future__ import annotations  # grpc's classes are generic in their stubs alone
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
 from google.protobuf.message import DecodeError
+
+from rpc.telemetry import MethodMetrics
 
 log = structlog.get_logger(__name__)
 
@@ -30,11 +33,16 @@ class Guard(grpc.aio.ServerInterceptor):
       parser's words, so handlers are registered for bytes, and parsing happens in here.
     - An unexpected exception is INTERNAL with an id, its record in the log. grpc.aio would send its text.
     - Each call is one line in the log, health checks aside.
+    - Calls of the methods in ``metrics`` are counted and timed. What grpc itself refuses never comes here.
 
     A cancelled handler re-raises: swallowing ``CancelledError`` leaks in grpc.aio (grpc#43360).
+
+    Args:
+        metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Mapping[str, MethodMetrics] | None = None) -> None:
+        self._metrics = metrics or {}
         # As many as there are methods.
         self._guarded: dict[str, Handler] = {}
 
@@ -51,11 +59,11 @@ class Guard(grpc.aio.ServerInterceptor):
             # No handler: unknown method, answered UNIMPLEMENTED by grpc itself.
             if handler is None:
                 return None
-            guarded = self._guarded[method] = _guard(method, handler)
+            guarded = self._guarded[method] = _guard(method, handler, self._metrics.get(method))
         return guarded
 
 
-def _guard(method: str, handler: Handler) -> Handler:
+def _guard(method: str, handler: Handler, metrics: MethodMetrics | None) -> Handler:
     parse = handler.request_deserializer or bytes
     open_request: Any
     respond: Any
@@ -67,26 +75,11 @@ def _guard(method: str, handler: Handler) -> Handler:
         respond = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def unary(data: Any, context: Context) -> Any:
-        call = _Call(method, context)
+        call = _Call(method, context, metrics)
         try:
-            request = open_request(parse, method, data, context)
+            request = open_request(parse, data, call)
             return await respond(request if handler.request_streaming else await request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception:
-            await call.fail()
-        finally:
-            call.log()
-
-    async def stream(data: Any, context: Context) -> AsyncIterator[Any]:
-        call, responses = _Call(method, context), None
-        try:
-            request = open_request(parse, method, data, context)
-            responses = respond(request if handler.request_streaming else await request, context)
-            async for response in responses:
-                yield response
-        except GeneratorExit:
-            # How a cancellation, or the server's stop, reaches a generator that waits at its yield.
+        except asyncio.CancelledError:
             call.is_cut = True
             raise
         except grpc.aio.AbortError:
@@ -94,9 +87,29 @@ def _guard(method: str, handler: Handler) -> Handler:
         except Exception:
             await call.fail()
         finally:
-            if responses is not None:
-                await responses.aclose()
-            call.log()
+            call.end()
+
+    async def stream(data: Any, context: Context) -> AsyncIterator[Any]:
+        call, responses = _Call(method, context, metrics), None
+        try:
+            request = open_request(parse, data, call)
+            responses = respond(request if handler.request_streaming else await request, context)
+            async for response in responses:
+                yield response
+        except (asyncio.CancelledError, GeneratorExit):
+            # The latter is how a cancellation, or the server's stop, reaches a generator that waits at its yield.
+            call.is_cut = True
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception:
+            await call.fail()
+        finally:
+            try:
+                if responses is not None:
+                    await responses.aclose()
+            finally:
+                call.end()
 
     wrap: Any = {
         (False, False): grpc.unary_unary_rpc_method_handler,
@@ -108,42 +121,56 @@ def _guard(method: str, handler: Handler) -> Handler:
     return guarded
 
 
-async def _parsed(parse: Parse, method: str, data: bytes, context: Context) -> Any:
+async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
+    call.receive(data)
     try:
         return parse(data)
     except DecodeError:
-        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {method}")
+        await call.refuse()
 
 
-async def _each_parsed(parse: Parse, method: str, stream: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+async def _each_parsed(parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
     async for data in stream:
-        yield await _parsed(parse, method, data, context)
+        yield await _parsed(parse, data, call)
 
 
 class _Call:
-    """One call on its way: what the log says of it."""
+    """One call on its way: what log and metrics say of it."""
 
-    def __init__(self, method: str, context: Context) -> None:
+    def __init__(self, method: str, context: Context, metrics: MethodMetrics | None) -> None:
         self.is_cut = False
         self._method = method
         self._context = context
+        self._metrics = metrics
         self._started = time.perf_counter()
         # Asked for now: a cancelled stream is closed after its call is freed, and asking then crashes (grpc 1.85).
         self._peer = context.peer()
+        if metrics is not None:
+            metrics.begin()
+
+    def receive(self, data: bytes) -> None:
+        if self._metrics is not None:
+            self._metrics.receive(len(data))
+
+    async def refuse(self) -> None:
+        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
 
     async def fail(self) -> None:
         incident = uuid.uuid4().hex[:12]
         log.exception("rpc failed", method=self._method, incident=incident)
         await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error, logged as {incident}")
 
-    def log(self) -> None:
-        if self._method.startswith(_QUIET):
-            return
+    def end(self) -> None:
+        seconds, code = time.perf_counter() - self._started, self._code()
+        if self._metrics is not None:
+            self._metrics.end(code, seconds)
+        if not self._method.startswith(_QUIET):
+            log.info("rpc", method=self._method, code=code, seconds=round(seconds, 6), peer=self._peer)
+
+    def _code(self) -> str:
+        if self.is_cut or self._context.cancelled():
+            return grpc.StatusCode.CANCELLED.name
         # grpc.aio keeps OK as None or 0 until the status is sent, and an abort as the code it was given.
         code: grpc.StatusCode | int | None = self._context.code()
         code = code or grpc.StatusCode.OK
-        if self.is_cut or self._context.cancelled():
-            code = grpc.StatusCode.CANCELLED
-        name = code.name if isinstance(code, grpc.StatusCode) else str(code)
-        seconds = round(time.perf_counter() - self._started, 6)
-        log.info("rpc", method=self._method, code=name, seconds=seconds, peer=self._peer)
+        return code.name if isinstance(code, grpc.StatusCode) else str(code)

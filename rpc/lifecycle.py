@@ -33,23 +33,45 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
     Raises:
         PortTakenError: The address cannot be bound.
     """
-    address = joined(host, port)
     try:
-        _try(host, port)
-        bound = server.add_insecure_port(address)
+        # Let go again: grpc would say that a port is taken on standard error, in its own words, before it raises.
+        _bound(host, port).close()
+        return server.add_insecure_port(joined(host, port))
     except (OSError, RuntimeError) as error:
-        raise PortTakenError(
-            f"cannot listen on {address}: it is taken or not an address of this machine; choose another with {option}"
-        ) from error
+        raise _taken(host, port, option) from error
+
+
+def listen(host: str, port: int, *, option: str) -> socket.socket:
+    """
+    Return a socket that listens on ``host:port``, for what is not gRPC; arguments and errors as of :func:`bind`.
+
+    A name with several addresses is listened to on its first.
+    """
+    try:
+        return _bound(host, port, is_listening=True)
+    except OSError as error:
+        raise _taken(host, port, option) from error
+
+
+def _bound(host: str, port: int, *, is_listening: bool = False) -> socket.socket:
+    (family, kind, protocol, _, place), *_others = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(place)
+        if is_listening:
+            bound.listen()
+    except BaseException:
+        bound.close()
+        raise
     return bound
 
 
-def _try(host: str, port: int) -> None:
-    """Bind and let go: grpc would say that a port is taken on standard error, in its own words, before it raises."""
-    (family, kind, protocol, _, place), *_others = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(place)
+def _taken(host: str, port: int, option: str) -> PortTakenError:
+    return PortTakenError(
+        f"cannot listen on {joined(host, port)}: it is taken or not an address of this machine; "
+        f"choose another with {option}"
+    )
 
 
 async def run_until_signalled(

@@ -83,7 +83,11 @@ def triton_service(settings: UpSettings) -> Service:
 
 def streamer_service(settings: UpSettings) -> Service:
     """Return the streamer as a service of the line."""
-    options = {"--port": settings.streamer_port, "--data": settings.data}
+    options = {
+        "--port": settings.streamer_port,
+        "--metrics-port": settings.streamer_metrics_port,
+        "--data": settings.data,
+    }
     return Service(
         name="streamer",
         arguments=["streamer", *_given(options)],
@@ -94,7 +98,7 @@ def streamer_service(settings: UpSettings) -> Service:
 
 def gateway_service(settings: UpSettings, triton: str) -> Service:
     """Return the gateway in front of the Triton at that address as a service of the line."""
-    options = {"--port": settings.gateway_port, "--triton": triton}
+    options = {"--port": settings.gateway_port, "--metrics-port": settings.gateway_metrics_port, "--triton": triton}
     return Service(
         name="gateway",
         arguments=["gateway", *_given(options)],
@@ -111,6 +115,7 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
     await install(triton_settings.cache, report)
     triton_settings.model_repository.mkdir(parents=True, exist_ok=True)  # the first training fills it
     report(f"logs      {settings.logs}/")
+    report(f"metrics   {_metrics(settings)}")
     triton = await supervisor.start(triton_service(settings))
     report(f"triton    {triton}")
     report(f"streamer  {await supervisor.start(streamer_service(settings))}")
@@ -137,6 +142,11 @@ def _require_free_ports(settings: UpSettings) -> None:
     ]
     if taken:
         raise ServiceError("\n".join(["ports are taken, by another `sluice up` perhaps:", *taken]))
+
+
+def _metrics(settings: UpSettings) -> str:
+    ours = ("gateway metrics", "streamer metrics")
+    return ", ".join(f"http://{place.address}/metrics" for place in places(settings) if place.name in ours)
 
 
 def _given(options: Mapping[str, object]) -> list[str]:

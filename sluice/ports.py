@@ -11,7 +11,15 @@ from serving.settings import TritonSettings
 from sluice.settings import UpSettings
 from streamer.settings import StreamerSettings
 
-_FIELDS = ("gateway_port", "streamer_port", "triton_grpc_port", "triton_http_port", "triton_metrics_port")
+_FIELDS = (
+    "gateway_port",
+    "gateway_metrics_port",
+    "streamer_port",
+    "streamer_metrics_port",
+    "triton_grpc_port",
+    "triton_http_port",
+    "triton_metrics_port",
+)
 
 
 def settings_with_free_ports() -> UpSettings:
@@ -56,17 +64,19 @@ def places(settings: UpSettings) -> list[Place]:
     """Return where each part of the line listens under these settings."""
     gateway, streamer, triton = load(GatewaySettings), load(StreamerSettings), load(TritonSettings)
     wanted = (
-        ("gateway", gateway.host, settings.gateway_port or gateway.port, "gateway_port"),
-        ("streamer", streamer.host, settings.streamer_port or streamer.port, "streamer_port"),
-        ("Triton gRPC", triton.host, settings.triton_grpc_port or triton.grpc_port, "triton_grpc_port"),
-        ("Triton HTTP", triton.host, settings.triton_http_port or triton.http_port, "triton_http_port"),
-        ("Triton metrics", triton.host, settings.triton_metrics_port or triton.metrics_port, "triton_metrics_port"),
+        ("gateway", gateway.host, gateway.port, "gateway_port"),
+        ("gateway metrics", gateway.host, gateway.metrics_port, "gateway_metrics_port"),
+        ("streamer", streamer.host, streamer.port, "streamer_port"),
+        ("streamer metrics", streamer.host, streamer.metrics_port, "streamer_metrics_port"),
+        ("Triton gRPC", triton.host, triton.grpc_port, "triton_grpc_port"),
+        ("Triton HTTP", triton.host, triton.http_port, "triton_http_port"),
+        ("Triton metrics", triton.host, triton.metrics_port, "triton_metrics_port"),
     )
     return [
         Place(
             name=name,
             host=host,
-            port=port,
+            port=getattr(settings, field) or port,
             option=f"--{field.replace('_', '-')}",
             variable=variable_of(UpSettings, field),
         )

@@ -17,8 +17,12 @@ class UpSettings(Settings):
 
     gateway_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_GATEWAY_PORT")
     """Port of the gateway."""
+    gateway_metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_GATEWAY_METRICS_PORT")
+    """Port of the gateway's metrics."""
     streamer_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_STREAMER_PORT")
     """Port of the streamer."""
+    streamer_metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_STREAMER_METRICS_PORT")
+    """Port of the streamer's metrics."""
     triton_grpc_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_TRITON_GRPC_PORT")
     """Port of Triton's gRPC."""
     triton_http_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_TRITON_HTTP_PORT")

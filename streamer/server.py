@@ -15,7 +15,9 @@ from rpc import lifecycle
 from rpc.address import joined
 from rpc.health import Health
 from rpc.interceptor import Guard
+from rpc.telemetry import Endpoint
 from streamer import datasets, source
+from streamer.metrics import StreamerMetrics
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
 from streamer.source import Dataset
@@ -24,9 +26,10 @@ log = structlog.get_logger(__name__)
 
 _DATASETS = ("mnist",)
 _PORT_OPTION = "--port or SLUICE_STREAMER_PORT"
-_MNIST_SERVICE = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"].full_name
-_HEALTH_SERVICE = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-_SAMPLE_SERVICE = pb.DESCRIPTOR.services_by_name["SampleService"].full_name
+_METRICS_PORT_OPTION = "--metrics-port or SLUICE_STREAMER_METRICS_PORT"
+_MNIST = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"]
+_SAMPLE = pb.DESCRIPTOR.services_by_name["SampleService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
 # Every request here is a few hundred bytes.
 _MAX_REQUEST_BYTES = 64 * 1024
@@ -44,13 +47,13 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
 
     Raises:
         StreamerError: There is no usable data.
-        PortTakenError: The port is taken; raised before any data is fetched.
+        PortTakenError: A port is taken; raised before any data is fetched.
     """
     server = StreamerServer(settings)
     try:
         server.bind()
         await server.start([await _load(settings, name) for name in _DATASETS])
-        log.info("serving", address=server.address)
+        log.info("serving", address=server.address, metrics=server.metrics_url)
         if on_ready is not None:
             on_ready(server.address)
         await lifecycle.run_until_signalled(
@@ -83,9 +86,11 @@ class StreamerServer:
         self._settings = settings
         self._datasets = datasets
         self._port: int | None = None
-        self._health = Health(["", _MNIST_SERVICE, _SAMPLE_SERVICE])
+        self._endpoint: Endpoint | None = None
+        self._health = Health(["", _MNIST.full_name, _SAMPLE.full_name])
+        self._metrics = StreamerMetrics([_MNIST, _SAMPLE], health=self._health, max_streams=settings.max_streams)
         self._servicer: StreamerServicer | None = None
-        self.grpc_server = grpc.aio.server(interceptors=[Guard()], options=_options(settings))
+        self.grpc_server = grpc.aio.server(interceptors=[Guard(self._metrics.methods)], options=_options(settings))
 
     async def __aenter__(self) -> Self:
         self.bind()
@@ -104,25 +109,39 @@ class StreamerServer:
         return joined(self._settings.host, self._port)
 
     @property
+    def metrics_url(self) -> str:
+        """Where Prometheus finds its metrics from :meth:`bind` to :meth:`stop`."""
+        assert self._endpoint is not None
+        return self._endpoint.url
+
+    @property
     def active_streams(self) -> int:
         """Streams open right now."""
         return self._servicer.active_streams if self._servicer else 0
 
     def bind(self) -> None:
         """
-        Take the port.
+        Take both ports, and show metrics from now on.
 
         Raises:
-            PortTakenError: Names the address and the option that changes it.
+            PortTakenError: Names the address and the option that changes it; no port is kept.
         """
-        self._port = lifecycle.bind(self.grpc_server, self._settings.host, self._settings.port, option=_PORT_OPTION)
+        host, settings = self._settings.host, self._settings
+        endpoint = Endpoint(self._metrics.registry, host, settings.metrics_port, option=_METRICS_PORT_OPTION)
+        try:
+            self._port = lifecycle.bind(self.grpc_server, host, settings.port, option=_PORT_OPTION)
+        except BaseException:
+            endpoint.close()
+            raise
+        self._endpoint = endpoint
 
     async def start(self, datasets: Sequence[Dataset]) -> None:
         """Serve ``datasets``; when this returns readers can come."""
-        self._servicer = StreamerServicer(self._settings, {dataset.name: dataset for dataset in datasets})
+        by_name = {dataset.name: dataset for dataset in datasets}
+        self._servicer = StreamerServicer(self._settings, by_name, self._metrics)
         self.grpc_server.add_generic_rpc_handlers(_services(self._servicer))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
-        names = (_MNIST_SERVICE, _SAMPLE_SERVICE, _HEALTH_SERVICE, reflection.SERVICE_NAME)
+        names = (*(each.full_name for each in (_MNIST, _SAMPLE, _HEALTH)), reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
         await self.grpc_server.start()
         self._health.report(True)
@@ -134,22 +153,24 @@ class StreamerServer:
         self._health.drain()
 
     async def stop(self) -> None:
-        """End every stream and give the port back; harmless when done already."""
+        """End every stream and give the ports back; harmless when done already."""
         self.drain()
-        await self.grpc_server.stop(0)
+        try:
+            await self.grpc_server.stop(0)
+        finally:
+            if self._endpoint is not None:
+                self._endpoint.close()
 
 
 def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:
     """
-    Register both services by hand, as batches come encoded.
+    Register both services by hand, as samples and batches come encoded.
 
-    The generated registration would have protobuf encode them, which takes several times as long.
+    The generated registration would have protobuf encode batches, which takes several times as long.
     """
     mnist: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "GetTrainingSamples": grpc.unary_stream_rpc_method_handler(
-            servicer.GetTrainingSamples,
-            request_deserializer=mnist_pb2.DataRequest.FromString,
-            response_serializer=mnist_pb2.Sample.SerializeToString,
+            servicer.GetTrainingSamples, request_deserializer=mnist_pb2.DataRequest.FromString
         ),
     }
     sample: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
@@ -166,8 +187,8 @@ def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:
         ),
     }
     return (
-        grpc.method_handlers_generic_handler(_MNIST_SERVICE, mnist),
-        grpc.method_handlers_generic_handler(_SAMPLE_SERVICE, sample),
+        grpc.method_handlers_generic_handler(_MNIST.full_name, mnist),
+        grpc.method_handlers_generic_handler(_SAMPLE.full_name, sample),
     )
 
 

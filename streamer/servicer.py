@@ -21,6 +21,7 @@ from streamer.errors import (
     TooManyStreamsError,
     UnknownDatasetError,
 )
+from streamer.metrics import StreamerMetrics
 from streamer.order import Order, check_plan, shares
 from streamer.plan import Plan, Remainder
 from streamer.settings import StreamerSettings
@@ -42,6 +43,9 @@ _REMAINDERS = {
     pb.REMAINDER_DROP: Remainder.DROP,
 }
 
+_Message = tuple[int, bytes]
+"""How many samples, and what goes out for them, already in wire format."""
+
 # Samples looked up at once for a stream of single ones.
 _BLOCK_SAMPLES = 4096
 
@@ -53,9 +57,11 @@ class StreamerServicer:
     Holds no state about readers but how many streams are open.
     """
 
-    def __init__(self, settings: StreamerSettings, datasets: Mapping[str, Dataset]) -> None:
+    def __init__(self, settings: StreamerSettings, datasets: Mapping[str, Dataset], metrics: StreamerMetrics) -> None:
         self._settings = settings
         self._datasets = datasets
+        self._metrics = metrics
+        metrics.add_datasets(datasets)
         self._active_streams = 0
         self._draining = False
 
@@ -74,14 +80,9 @@ class StreamerServicer:
         """Describe what is served."""
         return pb.ListDatasetsResponse(datasets=[_describe(dataset) for dataset in self._datasets.values()])
 
-    async def StreamBatches(self, request: pb.StreamBatchesRequest, context: Context) -> AsyncIterator[bytes]:
-        """Stream one rank's batches, each already in wire format."""
-        try:
-            with self._stream():
-                for message in self._messages(request):
-                    yield message
-        except PlanError as error:
-            await _refuse(context, error)
+    def StreamBatches(self, request: pb.StreamBatchesRequest, context: Context) -> AsyncIterator[bytes]:
+        """Stream one rank's batches."""
+        return self._stream(request.plan.dataset, self._batches(request), context)
 
     async def PullBatches(
         self, requests: AsyncIterator[pb.PullBatchesRequest], context: Context
@@ -93,19 +94,22 @@ class StreamerServicer:
         )
         yield b""
 
-    async def GetTrainingSamples(
-        self, request: mnist_pb2.DataRequest, context: Context
-    ) -> AsyncIterator[mnist_pb2.Sample]:
+    def GetTrainingSamples(self, request: mnist_pb2.DataRequest, context: Context) -> AsyncIterator[bytes]:
         """Stream samples one by one."""
+        return self._stream(request.dataset or "mnist", self._samples(request), context)
+
+    async def _stream(self, dataset: str, messages: Iterator[_Message], context: Context) -> AsyncIterator[bytes]:
         try:
-            with self._stream():
-                for sample in self._samples(request):
-                    yield sample
+            with self._place(), self._metrics.sending(dataset) as sending:
+                for num_samples, message in messages:
+                    sending.offer()
+                    yield message
+                    sending.count(num_samples, len(message))
         except PlanError as error:
             await _refuse(context, error)
 
     @contextmanager
-    def _stream(self) -> Iterator[None]:
+    def _place(self) -> Iterator[None]:
         if self._active_streams >= self._settings.max_streams:
             raise TooManyStreamsError(self._settings.max_streams)
         self._active_streams += 1
@@ -114,7 +118,7 @@ class StreamerServicer:
         finally:
             self._active_streams -= 1
 
-    def _messages(self, request: pb.StreamBatchesRequest) -> Iterator[bytes]:
+    def _batches(self, request: pb.StreamBatchesRequest) -> Iterator[_Message]:
         plan = _plan_of(request.plan)
         split = self._split(plan.dataset, plan.split, "plan.split")
         self._check(plan, split)
@@ -131,9 +135,9 @@ class StreamerServicer:
         batch, is_first = next(ahead, None), True
         while batch is not None:
             if self._draining:
-                yield _encode(batches.closing(plan, split, batch.share.position), split, is_first, draining=True)
+                yield 0, _encode(batches.closing(plan, split, batch.share.position), split, is_first, draining=True)
                 return
-            message = _encode(batch, split, is_first)
+            message = len(batch.indices), _encode(batch, split, is_first)
             # One ahead: it is ready while HTTP/2 waits for the reader to take this one.
             batch, is_first = next(ahead, None), False
             yield message
@@ -149,14 +153,14 @@ class StreamerServicer:
                 "a position means nothing in other data: start the run anew, or ask a replica with its data"
             )
 
-    def _samples(self, request: mnist_pb2.DataRequest) -> Iterator[mnist_pb2.Sample]:
+    def _samples(self, request: mnist_pb2.DataRequest) -> Iterator[_Message]:
         split = self._split(request.dataset or "mnist", request.split or "train", "split")
         length = (request.epochs or 1) * split.num_samples
         if request.start > length:
             raise PositionError("start", request.start, length)
         stop = min(length, request.start + request.limit) if request.limit else length
         seed = request.seed if request.HasField("seed") else None
-        return _samples(split, seed, request.start, stop)
+        yield from _samples(split, seed, request.start, stop)
 
     def _split(self, dataset: str, split: str, field: str) -> Split:
         if dataset not in self._datasets:
@@ -205,7 +209,7 @@ def _describe(dataset: Dataset) -> pb.Dataset:
     return pb.Dataset(name=dataset.name, splits=splits, class_names=dataset.class_names)
 
 
-def _samples(split: Split, seed: int | None, start: int, stop: int) -> Iterator[mnist_pb2.Sample]:
+def _samples(split: Split, seed: int | None, start: int, stop: int) -> Iterator[_Message]:
     """Each epoch in its own order; blocks never cross from one epoch into the next."""
     while start < stop:
         epoch, first = divmod(start, split.num_samples)
@@ -214,7 +218,8 @@ def _samples(split: Split, seed: int | None, start: int, stop: int) -> Iterator[
         indices = order.indices(np.arange(first, last))
         labels = split.labels[indices].tolist()
         for index, label in zip(indices.tolist(), labels, strict=True):
-            yield mnist_pb2.Sample(image=split.images[index].tobytes(), label=label, index=index)
+            sample = mnist_pb2.Sample(image=split.images[index].tobytes(), label=label, index=index)
+            yield 1, sample.SerializeToString()
         start += last - first
 
 

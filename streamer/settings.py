@@ -23,6 +23,9 @@ class StreamerSettings(Settings):
     port: int = Field(50052, ge=0, le=65535)
     """Port to listen on; 0 for any free one."""
 
+    metrics_port: int = Field(9102, ge=0, le=65535)
+    """Port of ``/metrics`` for Prometheus, on the same host; 0 for any free one."""
+
     data: Path | None = Field(None, validation_alias="SLUICE_DATA")
     """Folder with MNIST's four IDX files, gzipped or not; None: the cache, else the mirrors, else the small set."""
 

@@ -33,6 +33,7 @@ async def triton() -> AsyncIterator[FakeTriton]:
 def settings(triton: FakeTriton, tmp_path: Path) -> GatewaySettings:
     return GatewaySettings(
         port=0,
+        metrics_port=0,
         triton=triton.address,
         model_repository=tmp_path,
         probe_interval_seconds=0.05,

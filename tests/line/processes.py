@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from rpc.settings import cache_folder
 
-_NAMES = ("gateway", "streamer", "triton-grpc", "triton-http", "triton-metrics")
+_NAMES = (
+    "gateway",
+    "gateway-metrics",
+    "streamer",
+    "streamer-metrics",
+    "triton-grpc",
+    "triton-http",
+    "triton-metrics",
+)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from PIL import Image
 from gateway.client import Classification, ImageClient, ModelNotFoundError
 from serving.control import TritonControl
 from tests.line.processes import Line, Split
+from tests.scraping import shown
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(300)]
 
@@ -29,6 +30,14 @@ def test_line_without_a_model_comes_up_and_says_how_to_make_one(running_line: Li
 
     assert names == ["triton", "streamer", "gateway", "no"]
     assert "sluice train" in running_line.printed[-1]
+
+
+def test_up_says_where_the_metrics_are(running_line: Line) -> None:
+    (said,) = [line for line in running_line.printed if line.startswith("metrics")]
+    urls = said.removeprefix("metrics").split(", ")
+
+    for url, service in zip(urls, ("gateway", "streamer"), strict=True):
+        assert f"{service}_build_info" in shown(url.strip())
 
 
 async def test_real_digits_are_classified_through_the_gateway(line: Line, digits: Split) -> None:

@@ -15,7 +15,8 @@ from sluice.supervisor import Service, ServiceError, Supervisor
 
 @pytest.fixture(scope="module")
 def streamer(tmp_path_factory: pytest.TempPathFactory, tiny_mnist: Path) -> Service:
-    return Service(name="streamer", arguments=["streamer", "--port", "0", "--data", str(tiny_mnist)], ready_seconds=30)
+    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
+    return Service(name="streamer", arguments=arguments, ready_seconds=30)
 
 
 @pytest.fixture
@@ -65,7 +66,8 @@ from pathlib import Path
 from sluice.supervisor import Service, Supervisor
 async def main():
     async with Supervisor(Path({str(tmp_path)!r}), print) as supervisor:
-        await supervisor.start(Service(name="s", arguments=["streamer", "--port", "0", "--data", {str(tiny_mnist)!r}]))
+        arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", {str(tiny_mnist)!r}]
+        await supervisor.start(Service(name="s", arguments=arguments))
         print(supervisor.pid("s"), flush=True)
         await asyncio.Event().wait()
 asyncio.run(main())

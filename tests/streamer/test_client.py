@@ -194,7 +194,7 @@ async def test_batch_with_too_few_pixels_is_refused_though_its_checksum_fits(ser
 
 
 async def test_draining_replica_is_left_and_read_again(server: StreamerServer, dataset: Dataset) -> None:
-    async with StreamerServer(StreamerSettings(port=0), [dataset]) as other:
+    async with StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset]) as other:
 
         def drain_after_four(call: int, number: int, raw: bytes) -> bytes:
             if (call, number) == (1, 3):
@@ -211,7 +211,9 @@ async def test_draining_replica_is_left_and_read_again(server: StreamerServer, d
 async def test_replica_with_other_data_is_refused_in_the_middle(server: StreamerServer, dataset: Dataset) -> None:
     train = dataset.splits["train"]
     changed = make_split("train", train.images[::-1].copy(), train.labels.copy(), num_classes=10)
-    async with StreamerServer(StreamerSettings(port=0), [Dataset("mnist", (), {"train": changed})]) as other:
+    async with StreamerServer(
+        StreamerSettings(port=0, metrics_port=0), [Dataset("mnist", (), {"train": changed})]
+    ) as other:
 
         def break_after_two(call: int, number: int, raw: bytes) -> bytes | None:
             relay.upstream = other.address
@@ -224,7 +226,7 @@ async def test_replica_with_other_data_is_refused_in_the_middle(server: Streamer
 
 
 async def test_streamer_that_is_killed_and_comes_back_continues_the_stream(dataset: Dataset) -> None:
-    first = StreamerServer(StreamerSettings(port=0), [dataset])
+    first = StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset])
     async with first, SampleClient(first.address) as client:
         batches, second = [], None
         async for batch in client.batches(PLAN):
@@ -232,7 +234,7 @@ async def test_streamer_that_is_killed_and_comes_back_continues_the_stream(datas
             if len(batches) == 3:
                 await first.stop()
                 port = int(first.address.rpartition(":")[2])
-                second = StreamerServer(StreamerSettings(port=port), [dataset])
+                second = StreamerServer(StreamerSettings(port=port, metrics_port=0), [dataset])
                 await second.__aenter__()
         assert_whole(batches, dataset)
         assert second is not None
@@ -247,7 +249,7 @@ async def test_nobody_at_the_address_is_named_with_what_to_check() -> None:
 
 
 async def test_streamer_that_never_comes_back_is_given_up_after_max_attempts(dataset: Dataset) -> None:
-    server = StreamerServer(StreamerSettings(port=0), [dataset])
+    server = StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset])
     async with server, SampleClient(server.address, retry=QUICK) as client:
         await client.datasets()
         await server.stop()
@@ -275,7 +277,7 @@ def test_delays_grow_to_a_bound() -> None:
 
 
 async def test_wait_ready_returns_once_the_streamer_serves(dataset: Dataset) -> None:
-    server = StreamerServer(StreamerSettings(port=0))
+    server = StreamerServer(StreamerSettings(port=0, metrics_port=0))
     server.bind()
     async with SampleClient(server.address) as client:
         waiting = asyncio.create_task(client.wait_ready(timeout_seconds=10))

@@ -59,7 +59,7 @@ async def test_taken_port_is_named_with_the_option_that_changes_it(server: Strea
     port = int(server.address.rpartition(":")[2])
 
     with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port or SLUICE_STREAMER_PORT"):
-        StreamerServer(StreamerSettings(port=port)).bind()
+        StreamerServer(StreamerSettings(port=port, metrics_port=0)).bind()
 
 
 # Readers that go away or stand still
@@ -153,7 +153,8 @@ async def streamer_process(data: Path, **environment: str) -> AsyncIterator[tupl
     """A streamer of its own process and its address."""
     code = (
         "import asyncio; from rpc import log; from rpc.settings import load; from streamer.server import serve; "
-        "from streamer.settings import StreamerSettings; log.configure(); settings = load(StreamerSettings, port=0); "
+        "from streamer.settings import StreamerSettings; log.configure(); "
+        "settings = load(StreamerSettings, port=0, metrics_port=0); "
         "asyncio.run(serve(settings, on_ready=lambda address: print(address, flush=True)))"
     )
     process = await asyncio.create_subprocess_exec(
@@ -206,13 +207,15 @@ async def test_taken_port_is_said_before_any_data_is_fetched(server: StreamerSer
     port = int(server.address.rpartition(":")[2])
 
     with pytest.raises(PortTakenError):
-        await serve(StreamerSettings(port=port, data=None, cache=tmp_path / "cache"))
+        await serve(StreamerSettings(port=port, metrics_port=0, data=None, cache=tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
 
 
 async def test_serve_stops_at_once_when_cancelled(mnist_folder: Path) -> None:
     ready = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(serve(StreamerSettings(port=0, data=mnist_folder), on_ready=ready.set_result))
+    task = asyncio.create_task(
+        serve(StreamerSettings(port=0, metrics_port=0, data=mnist_folder), on_ready=ready.set_result)
+    )
     address = await ready
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

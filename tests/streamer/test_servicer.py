@@ -15,6 +15,8 @@ import pytest
 from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
+from rpc.health import Health
+from streamer.metrics import StreamerMetrics
 from streamer.server import StreamerServer
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
@@ -168,7 +170,8 @@ async def test_every_batch_says_where_its_time_went(channel: grpc.aio.Channel) -
 
 
 async def test_wait_is_how_long_a_ready_batch_was_held_up(dataset: Dataset) -> None:
-    servicer: Any = StreamerServicer(StreamerSettings(), {"mnist": dataset})
+    metrics = StreamerMetrics([], health=Health([]), max_streams=1)
+    servicer: Any = StreamerServicer(StreamerSettings(), {"mnist": dataset}, metrics)
     messages = servicer.StreamBatches(request(), context=None)
     await anext(messages)
     # From here on the second one is ready, and nobody takes it.
@@ -325,7 +328,7 @@ async def test_bytes_that_are_no_request_are_invalid(channel: grpc.aio.Channel, 
 @pytest.fixture
 async def narrow(dataset: Dataset) -> AsyncIterator[StreamerServer]:
     """A streamer of one stream at a time and messages of at most 10 samples."""
-    settings = StreamerSettings(port=0, max_streams=1, max_message_bytes=790 * 10 + 256)
+    settings = StreamerSettings(port=0, metrics_port=0, max_streams=1, max_message_bytes=790 * 10 + 256)
     async with StreamerServer(settings, [dataset]) as server:
         yield server
 

@@ -34,7 +34,8 @@ class Silent:
 @pytest.fixture(scope="module")
 def streamer(tiny_mnist: Path) -> Iterator[str]:
     """A streamer in a process of its own: grpc.aio wants one event loop in each."""
-    command = [sys.executable, "-m", "sluice", "streamer", "--port", "0", "--data", str(tiny_mnist)]
+    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
+    command = [sys.executable, "-m", "sluice", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         words = next(line for line in process.stderr if line.startswith("listening on ")).split()
