@@ -37,12 +37,18 @@ class Guard(grpc.aio.ServerInterceptor):
 
     A cancelled handler re-raises: swallowing ``CancelledError`` leaks in grpc.aio (grpc#43360).
 
+    - A stream whose peer takes no message for too long is ABORTED: it would hold its place for ever.
+
     Args:
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
+        idle_seconds: How long a message may wait to be taken; None is without end.
     """
 
-    def __init__(self, metrics: Mapping[str, MethodMetrics] | None = None) -> None:
+    def __init__(
+        self, metrics: Mapping[str, MethodMetrics] | None = None, *, idle_seconds: float | None = None
+    ) -> None:
         self._metrics = metrics or {}
+        self._idle_seconds = idle_seconds
         # As many as there are methods.
         self._guarded: dict[str, Handler] = {}
 
@@ -59,11 +65,11 @@ class Guard(grpc.aio.ServerInterceptor):
             # No handler: unknown method, answered UNIMPLEMENTED by grpc itself.
             if handler is None:
                 return None
-            guarded = self._guarded[method] = _guard(method, handler, self._metrics.get(method))
+            guarded = self._guarded[method] = _guard(method, handler, self._metrics.get(method), self._idle_seconds)
         return guarded
 
 
-def _guard(method: str, handler: Handler, metrics: MethodMetrics | None) -> Handler:
+def _guard(method: str, handler: Handler, metrics: MethodMetrics | None, idle_seconds: float | None) -> Handler:
     parse = handler.request_deserializer or bytes
     open_request: Any
     respond: Any
@@ -89,22 +95,34 @@ def _guard(method: str, handler: Handler, metrics: MethodMetrics | None) -> Hand
         finally:
             call.end()
 
-    async def stream(data: Any, context: Context) -> AsyncIterator[Any]:
-        call, responses = _Call(method, context, metrics), None
+    async def stream(data: Any, context: Context) -> None:
+        call, responses, patience = _Call(method, context, metrics), None, _Patience(idle_seconds)
         try:
             request = open_request(parse, data, call)
             responses = respond(request if handler.request_streaming else await request, context)
+            is_first = True
             async for response in responses:
-                yield response
-        except (asyncio.CancelledError, GeneratorExit):
-            # The latter is how a cancellation, or the server's stop, reaches a generator that waits at its yield.
-            call.is_cut = True
-            raise
+                if is_first and idle_seconds is not None:
+                    # With the first message they would wait too, and grpc.aio would send them again with the status.
+                    await context.send_initial_metadata(())
+                    is_first = False
+                with patience:
+                    await context.write(response)
+        except asyncio.CancelledError:
+            if not patience.ran_out:
+                call.is_cut = True
+                raise
+            patience.take_back()
+            # First what the stream holds is given back: the status too waits until the peer reads.
+            if responses is not None:
+                await responses.aclose()
+            await call.give_up(patience.seconds)
         except grpc.aio.AbortError:
             raise
         except Exception:
             await call.fail()
         finally:
+            patience.end()
             try:
                 if responses is not None:
                     await responses.aclose()
@@ -155,6 +173,11 @@ class _Call:
     async def refuse(self) -> None:
         await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
 
+    async def give_up(self, seconds: float) -> None:
+        await self._context.abort(
+            grpc.StatusCode.ABORTED, f"nothing was taken for {seconds:g} s; open the stream again where you are"
+        )
+
     async def fail(self) -> None:
         incident = uuid.uuid4().hex[:12]
         log.exception("rpc failed", method=self._method, incident=incident)
@@ -174,3 +197,46 @@ class _Call:
         code: grpc.StatusCode | int | None = self._context.code()
         code = code or grpc.StatusCode.OK
         return code.name if isinstance(code, grpc.StatusCode) else str(code)
+
+
+class _Patience:
+    """
+    Cancels the task it is made in when one of its ``with`` blocks takes too long; one timer for any number of them.
+
+    Attributes:
+        ran_out: Whether it did: the cancellation is then this one's, and taken back.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.ran_out = False
+        self.seconds = seconds or 0.0
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._since: float | None = None
+        self._timer = self._loop.call_later(self.seconds, self._look) if seconds else None
+
+    def __enter__(self) -> None:
+        self._since = self._loop.time()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def end(self) -> None:
+        """Cancel nothing any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        waited = 0.0 if self._since is None else now - self._since
+        if waited < self.seconds:
+            self._timer = self._loop.call_later(self.seconds - waited, self._look)
+            return
+        assert self._task is not None
+        self.ran_out = True
+        self._task.cancel()
+
+    def take_back(self) -> None:
+        """Uncount the cancellation that has arrived; asyncio.timeout and its like look at the count."""
+        assert self._task is not None
+        self._task.uncancel()

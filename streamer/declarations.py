@@ -38,6 +38,15 @@ class SmallSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DebianSource:
+    """A package of Debian that installs the files."""
+
+    package: str
+    folder: Path
+    """Where it puts them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Declaration:
     """What is known about a data set before any file of it is read."""
 
@@ -55,6 +64,7 @@ class Declaration:
     max_packed_bytes: int
     """No file of it is larger; a mirror that sends more sends something else."""
     small: SmallSource | None = None
+    debian: DebianSource | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +90,7 @@ class DatasetFiles:
     """What to do about a file that turns out damaged."""
 
 
-_IDX_NAMES = {
+IDX_NAMES: Mapping[str, Names] = {
     "train": Names(images="train-images-idx3-ubyte", labels="train-labels-idx1-ubyte"),
     "test": Names(images="t10k-images-idx3-ubyte", labels="t10k-labels-idx1-ubyte"),
 }
@@ -90,7 +100,7 @@ DECLARATIONS: Mapping[str, Declaration] = {
         name="mnist",
         image_shape=(28, 28),
         num_classes=10,
-        names=_IDX_NAMES,
+        names=IDX_NAMES,
         mirrors=(
             "https://ossci-datasets.s3.amazonaws.com/mnist/",
             "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -115,6 +125,40 @@ DECLARATIONS: Mapping[str, Declaration] = {
                 "t10k-images-idx3-ubyte": "444e82f8be984799d6a57096b89678ec57f3fdc46d15bf0ce67407321baa08f9",
                 "t10k-labels-idx1-ubyte": "487678af6e3eeb5c15ffe16e47e824ab022ef9d90d2ffe4425062d35b5c69a94",
             },
+        ),
+    ),
+    "fashion-mnist": Declaration(
+        name="fashion-mnist",
+        image_shape=(28, 28),
+        num_classes=10,
+        class_names=(
+            "T-shirt/top",
+            "Trouser",
+            "Pullover",
+            "Dress",
+            "Coat",
+            "Sandal",
+            "Shirt",
+            "Sneaker",
+            "Bag",
+            "Ankle boot",
+        ),
+        names=IDX_NAMES,
+        mirrors=(
+            # Its owner offers no https; what comes is held against the sums below.
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+            "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+        ),
+        contents={
+            "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+        max_packed_bytes=32 * 1024**2,
+        debian=DebianSource(
+            package="dataset-fashion-mnist",
+            folder=Path("/usr/share/datasets/fashion-mnist"),
         ),
     ),
 }

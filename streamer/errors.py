@@ -30,6 +30,46 @@ class DataError(StreamerError):
         super().__init__(f"{file}: expected {expected}, found {found}" + (f"; {remedy}" if remedy else ""))
 
 
+class DataLossError(DataError):
+    """
+    Bytes of a data set are not those that were written, and no other copy of them can be had.
+
+    Attributes:
+        place: The file or object at fault, as a path or URL.
+        first_byte: Where the damaged range begins in it.
+        last_byte: Where it ends, inclusive.
+    """
+
+    def __init__(self, place: Path | str, first_byte: int, last_byte: int, *, expected: str, found: str) -> None:
+        super().__init__(f"{place}, bytes {first_byte}-{last_byte}", expected=expected, found=found)
+        self.file = Path(place)
+        self.place = str(place)
+        self.first_byte = first_byte
+        self.last_byte = last_byte
+
+
+class StorageError(StreamerError):
+    """
+    The object storage refused, or did not answer in time.
+
+    Attributes:
+        place: URL of the object.
+        is_refusal: True where asking again is of no use: no such object, or no right to it.
+    """
+
+    def __init__(self, place: str, problem: str, *, is_refusal: bool = False) -> None:
+        self.place = place
+        self.is_refusal = is_refusal
+        super().__init__(f"{place}: {problem}")
+
+
+class NoObjectError(StorageError):
+    """There is no such object, or no such bucket."""
+
+    def __init__(self, place: str, problem: str) -> None:
+        super().__init__(place, problem, is_refusal=True)
+
+
 class MirrorError(StreamerError):
     """One source of a data set gave no usable file; the next one is tried."""
 
@@ -107,6 +147,39 @@ class TooManyStreamsError(PlanError):
             f"this streamer serves {limit} streams at once and all are taken; "
             "close one, ask another replica, or raise SLUICE_STREAMER_MAX_STREAMS there"
         )
+
+
+class TransformError(StreamerError):
+    """
+    A transform failed on a sample.
+
+    Attributes:
+        index: The sample's in its split.
+        problem: What happened.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        self.index = index
+        self.problem = problem
+        super().__init__(f"sample {index}: {problem}")
+
+
+class IdleReaderError(PlanError):
+    """A reader did nothing for longer than its stream is kept for it."""
+
+    def __init__(self, awaited: str, idle_seconds: float) -> None:
+        super().__init__(f"no {awaited} within {idle_seconds:g} s; open the stream again at the batch you need next")
+
+
+class GoingAwayError(PlanError):
+    """The replica drains, and the reader has not begun."""
+
+    def __init__(self) -> None:
+        super().__init__("this replica is going away; open the stream on another")
+
+
+class TransformPoolError(StreamerError):
+    """The processes that transform samples are gone, or do not start or answer."""
 
 
 class ReaderError(StreamerError):

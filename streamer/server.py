@@ -1,5 +1,6 @@
 """The streamer's process: data into memory, services onto a port, a clean end."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -16,15 +17,15 @@ from rpc.address import joined
 from rpc.health import Health
 from rpc.interceptor import Guard
 from rpc.telemetry import Endpoint
-from streamer import datasets, source
 from streamer.metrics import StreamerMetrics
+from streamer.places import Reading, open_dataset
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset
+from streamer.split import Dataset, MemorySplit
+from streamer.transforms.pool import TransformPool
 
 log = structlog.get_logger(__name__)
 
-_DATASETS = ("mnist",)
 _PORT_OPTION = "--port or SLUICE_STREAMER_PORT"
 _METRICS_PORT_OPTION = "--metrics-port or SLUICE_STREAMER_METRICS_PORT"
 _MNIST = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"]
@@ -50,9 +51,19 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         PortTakenError: A port is taken; raised before any data is fetched.
     """
     server = StreamerServer(settings)
+    datasets: list[Dataset] = []
     try:
         server.bind()
-        await server.start([await _load(settings, name) for name in _DATASETS])
+        reading = Reading(
+            cache=settings.cache,
+            cache_bytes=settings.cache_bytes,
+            memory_bytes=settings.memory_bytes,
+            deadline_seconds=settings.storage_deadline_seconds,
+        )
+        folder = str(settings.data) if settings.data else None
+        for name, place in settings.places.items():
+            datasets.append(await _load(name, place or folder, reading))
+        await server.start(datasets)
         log.info("serving", address=server.address, metrics=server.metrics_url)
         if on_ready is not None:
             on_ready(server.address)
@@ -61,15 +72,15 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         )
     finally:
         await server.stop()
+        for dataset in datasets:
+            await dataset.close()
 
 
-async def _load(settings: StreamerSettings, name: str) -> Dataset:
-    files = await datasets.find(
-        name, data=settings.data, cache=settings.cache, report=lambda line: log.info("data", message=line)
-    )
-    dataset = await source.load(files)
+async def _load(name: str, place: str | None, reading: Reading) -> Dataset:
+    dataset = await open_dataset(name, place, reading, report=lambda line: log.info("data", message=line))
     for split in dataset.splits.values():
-        log.info("loaded", dataset=name, split=split.name, samples=split.num_samples, folder=str(files.folder))
+        where = "memory" if isinstance(split, MemorySplit) else "place"
+        log.info("ready", dataset=name, split=split.name, samples=split.num_samples, read_from=where)
     return dataset
 
 
@@ -90,7 +101,10 @@ class StreamerServer:
         self._health = Health(["", _MNIST.full_name, _SAMPLE.full_name])
         self._metrics = StreamerMetrics([_MNIST, _SAMPLE], health=self._health, max_streams=settings.max_streams)
         self._servicer: StreamerServicer | None = None
-        self.grpc_server = grpc.aio.server(interceptors=[Guard(self._metrics.methods)], options=_options(settings))
+        self._pool: TransformPool | None = None
+        self._starting = asyncio.Lock()
+        guard = Guard(self._metrics.methods, idle_seconds=settings.idle_seconds)
+        self.grpc_server = grpc.aio.server(interceptors=[guard], options=_options(settings))
 
     async def __aenter__(self) -> Self:
         self.bind()
@@ -138,7 +152,7 @@ class StreamerServer:
     async def start(self, datasets: Sequence[Dataset]) -> None:
         """Serve ``datasets``; when this returns readers can come."""
         by_name = {dataset.name: dataset for dataset in datasets}
-        self._servicer = StreamerServicer(self._settings, by_name, self._metrics)
+        self._servicer = StreamerServicer(self._settings, by_name, self._metrics, self._started_pool)
         self.grpc_server.add_generic_rpc_handlers(_services(self._servicer))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         names = (*(each.full_name for each in (_MNIST, _SAMPLE, _HEALTH)), reflection.SERVICE_NAME)
@@ -157,9 +171,22 @@ class StreamerServer:
         self.drain()
         try:
             await self.grpc_server.stop(0)
+            if self._pool is not None:
+                await self._pool.close()
         finally:
             if self._endpoint is not None:
                 self._endpoint.close()
+
+    async def _started_pool(self) -> TransformPool:
+        """Return the pool for transforms; a streamer that transforms nothing has no processes for it."""
+        async with self._starting:
+            if self._pool is None:
+                pool = TransformPool(
+                    self._settings.transform_workers, max_sample_bytes=self._settings.max_message_bytes
+                )
+                await pool.start()
+                self._pool = pool
+            return self._pool
 
 
 def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:

@@ -1,8 +1,9 @@
 """Each RPC: check the request, call inward, answer; and the one table from our errors to gRPC status."""
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
@@ -11,30 +12,47 @@ from google.protobuf.duration_pb2 import Duration
 
 from protos import mnist_pb2
 from protos.streamer.v1 import sample_service_pb2 as pb
-from streamer import batches
+from streamer import batches, wire
 from streamer.batches import AssembledBatch
 from streamer.errors import (
+    DataError,
     FingerprintMismatchError,
+    GoingAwayError,
+    IdleReaderError,
     InvalidPlanError,
-    PlanError,
     PositionError,
+    StorageError,
+    StreamerError,
     TooManyStreamsError,
+    TransformError,
+    TransformPoolError,
     UnknownDatasetError,
 )
-from streamer.metrics import StreamerMetrics
-from streamer.order import Order, check_plan, shares
+from streamer.flow import Credit
+from streamer.metrics import Sending, StreamerMetrics
+from streamer.order import Order, Share, check_plan, shares
 from streamer.plan import Plan, Remainder
+from streamer.session import Grants, opening
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset, Split
+from streamer.split import Dataset, MemorySplit, Split
+from streamer.transforms.pool import TransformPool
+from streamer.transforms.transform import Transform, parse
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_STATUS: Mapping[type[PlanError], grpc.StatusCode] = {
+_STATUS: Mapping[type[StreamerError], grpc.StatusCode] = {
     UnknownDatasetError: grpc.StatusCode.NOT_FOUND,
     InvalidPlanError: grpc.StatusCode.INVALID_ARGUMENT,
     PositionError: grpc.StatusCode.OUT_OF_RANGE,
     FingerprintMismatchError: grpc.StatusCode.FAILED_PRECONDITION,
     TooManyStreamsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    IdleReaderError: grpc.StatusCode.ABORTED,
+    GoingAwayError: grpc.StatusCode.UNAVAILABLE,
+    # Of a sample that was asked for well.
+    DataError: grpc.StatusCode.DATA_LOSS,
+    StorageError: grpc.StatusCode.UNAVAILABLE,
+    TransformError: grpc.StatusCode.INTERNAL,
+    TransformPoolError: grpc.StatusCode.UNAVAILABLE,
 }
 
 _REMAINDERS = {
@@ -43,27 +61,60 @@ _REMAINDERS = {
     pb.REMAINDER_DROP: Remainder.DROP,
 }
 
+_DATA_TYPES = {
+    np.dtype("<u1"): pb.DATA_TYPE_UINT8,
+    np.dtype("<f2"): pb.DATA_TYPE_FLOAT16,
+    np.dtype("<f4"): pb.DATA_TYPE_FLOAT32,
+}
+
 _Message = tuple[int, bytes]
 """How many samples, and what goes out for them, already in wire format."""
 
 # Samples looked up at once for a stream of single ones.
 _BLOCK_SAMPLES = 4096
+# Batches made before they are wanted, where that takes more than the event loop: they are what hides a slow disk.
+_NUM_AHEAD = 2
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Reading:
+    """What a request for batches asks for, checked."""
+
+    plan: Plan
+    split: Split
+    transform: Transform
+    shares: Iterator[Share]
 
 
 class StreamerServicer:
     """
-    Answers MnistService and SampleService from data sets in memory.
+    Answers MnistService and SampleService.
 
-    Holds no state about readers but how many streams are open.
+    Holds no state about readers but which streams are open.
+
+    Args:
+        settings: Limits.
+        datasets: What there is, by name.
+        metrics: Told what goes out.
+        pool: Returns the pool for transforms, started with the first call.
     """
 
-    def __init__(self, settings: StreamerSettings, datasets: Mapping[str, Dataset], metrics: StreamerMetrics) -> None:
+    def __init__(
+        self,
+        settings: StreamerSettings,
+        datasets: Mapping[str, Dataset],
+        metrics: StreamerMetrics,
+        pool: Callable[[], Awaitable[TransformPool]],
+    ) -> None:
         self._settings = settings
         self._datasets = datasets
         self._metrics = metrics
         metrics.add_datasets(datasets)
+        self._pool = pool
         self._active_streams = 0
-        self._draining = False
+        self._is_draining = False
+        # Of streams that may be waiting for credit.
+        self._grants: set[Grants] = set()
 
     @property
     def active_streams(self) -> int:
@@ -72,7 +123,9 @@ class StreamerServicer:
 
     def drain(self) -> None:
         """Let every stream of batches end with a closing message before its next batch."""
-        self._draining = True
+        self._is_draining = True
+        for grants in self._grants:
+            grants.drain()
 
     # The method names below are the contract's.
 
@@ -80,32 +133,41 @@ class StreamerServicer:
         """Describe what is served."""
         return pb.ListDatasetsResponse(datasets=[_describe(dataset) for dataset in self._datasets.values()])
 
+    def GetTrainingSamples(self, request: mnist_pb2.DataRequest, context: Context) -> AsyncIterator[bytes]:
+        """Stream samples one by one."""
+        dataset = request.dataset or "mnist"
+        return self._stream(dataset, lambda _: self._samples(request), context)
+
     def StreamBatches(self, request: pb.StreamBatchesRequest, context: Context) -> AsyncIterator[bytes]:
-        """Stream one rank's batches."""
-        return self._stream(request.plan.dataset, self._batches(request), context)
+        """Stream one rank's batches as fast as HTTP/2 takes them."""
+        return self._stream(request.plan.dataset, lambda sending: self._batches(request, sending), context)
 
     async def PullBatches(
         self, requests: AsyncIterator[pb.PullBatchesRequest], context: Context
     ) -> AsyncIterator[bytes]:
-        """Refuse: this version grants no byte credits."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED,
-            "PullBatches: byte credits come with a later version; StreamBatches serves the same batches",
-        )
-        yield b""
+        """Stream one rank's batches as fast as the reader grants them."""
+        try:
+            request = await opening(requests, self._settings.idle_seconds)
+        except StreamerError as error:
+            await _refuse(context, error)
+        dataset = request.plan.dataset
+        async with aclosing(
+            self._stream(dataset, lambda sending: self._pulled(request, requests, sending), context)
+        ) as stream:
+            async for message in stream:
+                yield message
 
-    def GetTrainingSamples(self, request: mnist_pb2.DataRequest, context: Context) -> AsyncIterator[bytes]:
-        """Stream samples one by one."""
-        return self._stream(request.dataset or "mnist", self._samples(request), context)
-
-    async def _stream(self, dataset: str, messages: Iterator[_Message], context: Context) -> AsyncIterator[bytes]:
+    async def _stream(
+        self, dataset: str, messages: Callable[[Sending], AsyncGenerator[_Message, None]], context: Context
+    ) -> AsyncGenerator[bytes, None]:
         try:
             with self._place(), self._metrics.sending(dataset) as sending:
-                for num_samples, message in messages:
-                    sending.offer()
-                    yield message
-                    sending.count(num_samples, len(message))
-        except PlanError as error:
+                async with aclosing(messages(sending)) as each:
+                    async for num_samples, message in each:
+                        sending.offer()
+                        yield message
+                        sending.count(num_samples, len(message))
+        except StreamerError as error:
             await _refuse(context, error)
 
     @contextmanager
@@ -118,49 +180,96 @@ class StreamerServicer:
         finally:
             self._active_streams -= 1
 
-    def _batches(self, request: pb.StreamBatchesRequest) -> Iterator[_Message]:
+    async def _batches(self, request: pb.StreamBatchesRequest, sending: Sending) -> AsyncGenerator[_Message, None]:
+        reading = self._check(request)
+        is_first, offered_seconds = True, 0.0
+        async with aclosing(await self._assembled(reading)) as assembled:
+            async for batch in assembled:
+                if self._is_draining:
+                    yield _going_away(reading, batch.share.position, is_first)
+                    return
+                message = _encode(batch, reading if is_first else None, offered_seconds)
+                offered = time.perf_counter()
+                yield len(batch.indices), message
+                is_first, offered_seconds = False, time.perf_counter() - offered
+
+    async def _pulled(
+        self, request: pb.StreamBatchesRequest, requests: AsyncIterator[pb.PullBatchesRequest], sending: Sending
+    ) -> AsyncGenerator[_Message, None]:
+        reading = self._check(request)
+        credit, is_first = Credit(self._settings.max_credit_bytes), True
+        async with (
+            aclosing(await self._assembled(reading)) as assembled,
+            Grants(requests, credit, idle_seconds=self._settings.idle_seconds) as grants,
+        ):
+            with self._told_of_draining(grants):
+                async for batch in assembled:
+                    sending.offer()
+                    await grants.wait()
+                    sending.count(0, 0)
+                    if grants.is_draining:
+                        if not credit.was_granted:
+                            raise GoingAwayError
+                        yield _going_away(reading, batch.share.position, is_first)
+                        break
+                    if not credit.lets_send:
+                        return  # half-closed, and all is spent
+                    credit.spend(batch.payload_bytes)
+                    yield len(batch.indices), _encode(batch, reading if is_first else None)
+                    is_first = False
+                # A grant must not meet a call that has ended: see PullBatches in the contract.
+                await grants.wait_closed()
+
+    @contextmanager
+    def _told_of_draining(self, grants: Grants) -> Iterator[None]:
+        self._grants.add(grants)
+        if self._is_draining:
+            grants.drain()
+        try:
+            yield
+        finally:
+            self._grants.discard(grants)
+
+    async def _assembled(self, reading: _Reading) -> AsyncGenerator[AssembledBatch, None]:
+        pool = None if reading.transform.is_identity else await self._pool()
+        assembled = batches.assemble(reading.split, reading.plan, reading.shares, reading.transform, pool)
+        if pool is None and isinstance(reading.split, MemorySplit):
+            # At once, and a task of its own would take as long.
+            return assembled
+        return batches.ahead(assembled, _NUM_AHEAD)
+
+    def _check(self, request: pb.StreamBatchesRequest) -> _Reading:
         plan = _plan_of(request.plan)
         split = self._split(plan.dataset, plan.split, "plan.split")
-        self._check(plan, split)
-        ahead = batches.assemble(
-            split,
-            plan,
-            shares(
-                plan,
-                split.num_samples,
-                start_position=request.start_position,
-                end_position=request.end_position,
-            ),
-        )
-        batch, is_first = next(ahead, None), True
-        while batch is not None:
-            if self._draining:
-                yield 0, _encode(batches.closing(plan, split, batch.share.position), split, is_first, draining=True)
-                return
-            message = len(batch.indices), _encode(batch, split, is_first)
-            # One ahead: it is ready while HTTP/2 waits for the reader to take this one.
-            batch, is_first = next(ahead, None), False
-            yield message
-
-    def _check(self, plan: Plan, split: Split) -> None:
-        limit = batches.max_samples(split, self._settings.max_message_bytes)
+        transform = parse(plan.transform, image_shape=split.image_shape)
+        limit = batches.max_samples(split, transform, self._settings.max_message_bytes)
         check_plan(plan, max_batch_samples=min(limit, self._settings.max_batch_samples))
-        if plan.transform:
-            raise InvalidPlanError("plan.transform", f"{plan.transform[:64]!r} is not known; known are none yet")
         if plan.fingerprint and plan.fingerprint != split.fingerprint:
             raise FingerprintMismatchError(
                 f"plan.fingerprint: this replica serves {split.fingerprint.hex()}, not {plan.fingerprint[:32].hex()}; "
                 "a position means nothing in other data: start the run anew, or ask a replica with its data"
             )
+        start, end = request.start_position, request.end_position
+        return _Reading(plan, split, transform, shares(plan, split.num_samples, start_position=start, end_position=end))
 
-    def _samples(self, request: mnist_pb2.DataRequest) -> Iterator[_Message]:
+    async def _samples(self, request: mnist_pb2.DataRequest) -> AsyncGenerator[_Message, None]:
         split = self._split(request.dataset or "mnist", request.split or "train", "split")
         length = (request.epochs or 1) * split.num_samples
         if request.start > length:
             raise PositionError("start", request.start, length)
-        stop = min(length, request.start + request.limit) if request.limit else length
+        position, stop = request.start, min(length, request.start + request.limit) if request.limit else length
         seed = request.seed if request.HasField("seed") else None
-        yield from _samples(split, seed, request.start, stop)
+        while position < stop:
+            # Each epoch in its own order; a block never crosses from one into the next.
+            epoch, first = divmod(position, split.num_samples)
+            last = min(split.num_samples, first + _BLOCK_SAMPLES, first + stop - position)
+            order = Order(split.num_samples, fingerprint=split.fingerprint, seed=seed, epoch=epoch)
+            indices = order.indices(np.arange(first, last))
+            images, labels = await split.read(indices)
+            for image, label, index in zip(images, labels.tolist(), indices.tolist(), strict=True):
+                sample = mnist_pb2.Sample(image=image.tobytes(), label=label, index=index)
+                yield 1, sample.SerializeToString()
+            position += last - first
 
     def _split(self, dataset: str, split: str, field: str) -> Split:
         if dataset not in self._datasets:
@@ -171,8 +280,8 @@ class StreamerServicer:
         return splits[split]
 
 
-async def _refuse(context: Context, error: PlanError) -> NoReturn:
-    await context.abort(_STATUS[type(error)], str(error))
+async def _refuse(context: Context, error: StreamerError) -> NoReturn:
+    await context.abort(next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), str(error))
 
 
 def _plan_of(message: pb.Plan) -> Plan:
@@ -202,33 +311,33 @@ def _describe(dataset: Dataset) -> pb.Dataset:
             image_shape=split.image_shape,
             num_classes=split.num_classes,
             fingerprint=split.fingerprint,
-            label_bytes=split.labels.itemsize,
+            label_bytes=split.label_bytes,
         )
         for split in dataset.splits.values()
     ]
     return pb.Dataset(name=dataset.name, splits=splits, class_names=dataset.class_names)
 
 
-def _samples(split: Split, seed: int | None, start: int, stop: int) -> Iterator[_Message]:
-    """Each epoch in its own order; blocks never cross from one epoch into the next."""
-    while start < stop:
-        epoch, first = divmod(start, split.num_samples)
-        last = min(split.num_samples, first + _BLOCK_SAMPLES, first + stop - start)
-        order = Order(split.num_samples, fingerprint=split.fingerprint, seed=seed, epoch=epoch)
-        indices = order.indices(np.arange(first, last))
-        labels = split.labels[indices].tolist()
-        for index, label in zip(indices.tolist(), labels, strict=True):
-            sample = mnist_pb2.Sample(image=split.images[index].tobytes(), label=label, index=index)
-            yield 1, sample.SerializeToString()
-        start += last - first
+def _going_away(reading: _Reading, position: int, is_first: bool) -> _Message:
+    batch = batches.closing(reading.plan, position)
+    return 0, _encode(batch, reading if is_first else None, is_draining=True)
 
 
-def _encode(batch: AssembledBatch, split: Split, is_first: bool, *, draining: bool = False) -> bytes:
+def _encode(
+    batch: AssembledBatch,
+    introduced: _Reading | None,
+    offered_seconds: float = 0.0,
+    *,
+    is_draining: bool = False,
+) -> bytes:
     """
     Write a Batch in wire format.
 
-    Encoded messages can be joined end to end (https://protobuf.dev/programming-guides/encoding/#last-one-wins), so
-    the pixels are copied once, from the array to the message, where protobuf would copy them three times.
+    Args:
+        batch: What goes out.
+        introduced: What it is part of, in the first message of a stream; shape and type of its images are told.
+        offered_seconds: How long the message before it waited to be taken.
+        is_draining: Whether this is the last word of a replica that goes away.
     """
     share = batch.share
     fields = pb.Batch(
@@ -241,27 +350,15 @@ def _encode(batch: AssembledBatch, split: Split, is_first: bool, *, draining: bo
         end_of_epoch=share.end_of_epoch,
         timings=pb.Timings(
             read=_duration(batch.read_seconds),
-            transform=Duration(),
-            wait=_duration(time.perf_counter() - batch.ready_at),
+            transform=_duration(batch.transform_seconds),
+            wait=_duration(max(offered_seconds, time.perf_counter() - batch.ready_at)),
         ),
-        draining=draining,
+        draining=is_draining,
     )
-    if is_first:
-        fields.image_shape.extend(split.image_shape)
-        fields.data_type = pb.DATA_TYPE_UINT8
-    if not len(batch.indices):
-        return fields.SerializeToString()
-    return b"".join((fields.SerializeToString(), _images_prefix(batch.images.nbytes), batch.images.data))
-
-
-def _images_prefix(num_bytes: int) -> bytes:
-    """Field number and length before the bytes of ``Batch.images``."""
-    prefix = bytearray(((pb.Batch.IMAGES_FIELD_NUMBER << 3) | 2,))
-    while num_bytes > 0x7F:
-        prefix.append((num_bytes & 0x7F) | 0x80)
-        num_bytes >>= 7
-    prefix.append(num_bytes)
-    return bytes(prefix)
+    if introduced is not None:
+        fields.image_shape.extend(introduced.transform.image_shape)
+        fields.data_type = _DATA_TYPES[introduced.transform.dtype]
+    return wire.encode(fields, batch.images.data)
 
 
 def _duration(seconds: float) -> Duration:

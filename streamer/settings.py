@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from rpc.log import Level
@@ -26,11 +26,23 @@ class StreamerSettings(Settings):
     metrics_port: int = Field(9102, ge=0, le=65535)
     """Port of ``/metrics`` for Prometheus, on the same host; 0 for any free one."""
 
+    datasets: str = "mnist"
+    """What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``."""
+
     data: Path | None = Field(None, validation_alias="SLUICE_DATA")
-    """Folder with MNIST's four IDX files, gzipped or not; None: the cache, else the mirrors, else the small set."""
+    """Folder in which known data sets lie as IDX files; None: the cache, else the mirrors, else the small set."""
 
     cache: Path = Field(default_factory=cache_folder)
     """Where fetched data is kept."""
+
+    cache_bytes: int = Field(10 * 1024**3, ge=0, le=1 << 60)
+    """Most bytes of data sets in object storage that are kept in the cache, at every moment."""
+
+    memory_bytes: int = Field(1024**3, ge=0, le=1 << 60)
+    """Data sets up to this size are held in memory; a larger packed one is read where it lies."""
+
+    storage_deadline_seconds: float = Field(60.0, gt=0, le=3600)
+    """How long object storage may be out of reach before a stream that needs it fails."""
 
     max_batch_samples: int = Field(8192, ge=1, le=1_000_000)
     """Largest batch a reader may ask for, in samples."""
@@ -39,10 +51,39 @@ class StreamerSettings(Settings):
     """Largest message sent, in bytes; a batch that would not fit is refused. Readers have to accept as much."""
 
     max_streams: int = Field(256, ge=1, le=100_000)
-    """Streams served at once; one more is refused. Each holds two batches and what HTTP/2 has on its way."""
+    """Streams served at once; one more is refused. Each holds up to four batches, and what HTTP/2 has on its way."""
+
+    max_credit_bytes: int = Field(1024**3, ge=1, le=1 << 50)
+    """Most bytes of images and labels that one reader of PullBatches may have granted and not been sent."""
+
+    idle_seconds: float = Field(300.0, gt=0, le=86_400)
+    """How long a stream waits for a reader that takes nothing, or grants nothing, before it is ended."""
+
+    transform_workers: int | None = Field(None, ge=0, le=1024)
+    """Processes for transforms, started with the first one; None: one on each core, 0: a thread of the streamer."""
 
     drain_seconds: float = Field(10.0, ge=0, le=3600)
     """How long streams may go on after the first signal; readers of batches are told at once to go elsewhere."""
 
     log_level: Level = "info"
     """The least that is logged."""
+
+    @field_validator("datasets")
+    @classmethod
+    def _names_and_places(cls, value: str) -> str:
+        names = [name for name, _ in _parsed(value)]
+        if not names or not all(names):
+            raise ValueError("has to be NAME or NAME=PLACE, several separated by commas")
+        if len(set(names)) < len(names):
+            raise ValueError("has to name each data set once")
+        return value
+
+    @property
+    def places(self) -> dict[str, str | None]:
+        """Where each data set lies, by name; None for a known one that is looked for."""
+        return dict(_parsed(self.datasets))
+
+
+def _parsed(datasets: str) -> list[tuple[str, str | None]]:
+    parts = [part.strip().partition("=") for part in datasets.split(",")]
+    return [(name.strip(), place.strip() or None) for name, _, place in parts]

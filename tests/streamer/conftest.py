@@ -11,7 +11,7 @@ from streamer import datasets, idx, source
 from streamer.client import SampleClient
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset, make_split
+from streamer.split import Dataset, MemoryDataset, MemorySplit
 from tests.streamer.storage import S3Server, executable
 
 SIZES = {"train": 1000, "t10k": 100}
@@ -32,7 +32,7 @@ def mnist_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def dataset(mnist_folder: Path, tmp_path: Path) -> Dataset:
+async def dataset(mnist_folder: Path, tmp_path: Path) -> MemoryDataset:
     """The folder's samples in memory."""
     files = await datasets.find("mnist", data=mnist_folder, cache=tmp_path / "cache", report=print)
     return await source.load(files)
@@ -63,7 +63,7 @@ async def channel(server: StreamerServer) -> AsyncIterator[grpc.aio.Channel]:
 async def large() -> AsyncIterator[StreamerServer]:
     """A streamer of 60,000 samples, several times what HTTP/2 takes on its way to a reader that does not read."""
     images = np.random.default_rng(1).integers(0, 256, (60_000, 28, 28), dtype=np.uint8)
-    split = make_split("train", images, np.zeros(60_000, np.uint8), num_classes=10)
+    split = MemorySplit("train", images, np.zeros(60_000, np.uint8), num_classes=10)
     async with StreamerServer(
         StreamerSettings(port=0, metrics_port=0), [Dataset("mnist", (), {"train": split})]
     ) as server:

@@ -20,7 +20,7 @@ from streamer.errors import (
 )
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset, make_split
+from streamer.split import Dataset, MemoryDataset, MemorySplit
 from tests.streamer.relay import Relay, Spoil
 from tests.streamer.streams import streams_become
 
@@ -33,7 +33,7 @@ async def read(client: SampleClient, plan: Plan = PLAN, **options: int) -> list[
     return [batch async for batch in client.batches(plan, **options)]
 
 
-def assert_whole(batches: list[Batch], dataset: Dataset) -> None:
+def assert_whole(batches: list[Batch], dataset: MemoryDataset) -> None:
     """Every sample of the training split once, in the order of PLAN, and each the file's own."""
     train = dataset.splits["train"]
     indices = np.concatenate([batch.indices for batch in batches])
@@ -45,7 +45,7 @@ def assert_whole(batches: list[Batch], dataset: Dataset) -> None:
 # A stream that goes well
 
 
-async def test_batches_are_the_epoch_in_numpy(client: SampleClient, dataset: Dataset) -> None:
+async def test_batches_are_the_epoch_in_numpy(client: SampleClient, dataset: MemoryDataset) -> None:
     batches = await read(client)
 
     assert_whole(batches, dataset)
@@ -80,7 +80,7 @@ async def test_drop_gives_equal_batches(client: SampleClient) -> None:
     assert [len(batch.labels) for batch in batches] == [300, 300, 300]
 
 
-async def test_datasets_say_what_is_served(client: SampleClient, dataset: Dataset) -> None:
+async def test_datasets_say_what_is_served(client: SampleClient, dataset: MemoryDataset) -> None:
     (listed,) = await client.datasets()
 
     assert (listed.name, listed.class_names) == ("mnist", ())
@@ -89,7 +89,7 @@ async def test_datasets_say_what_is_served(client: SampleClient, dataset: Datase
     assert listed.splits["test"].fingerprint == dataset.splits["test"].fingerprint
 
 
-async def test_many_streams_share_one_client(client: SampleClient, dataset: Dataset) -> None:
+async def test_many_streams_share_one_client(client: SampleClient, dataset: MemoryDataset) -> None:
     for batches in await asyncio.gather(*(read(client) for _ in range(8))):
         assert_whole(batches, dataset)
 
@@ -138,7 +138,7 @@ async def broken_at(
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.OK])
 async def test_stream_that_breaks_is_continued_and_nothing_comes_twice(
-    server: StreamerServer, dataset: Dataset, code: grpc.StatusCode
+    server: StreamerServer, dataset: MemoryDataset, code: grpc.StatusCode
 ) -> None:
     batches, num_calls = await broken_at(server, lambda call, number, raw: raw if number < 3 else None, code=code)
 
@@ -146,7 +146,7 @@ async def test_stream_that_breaks_is_continued_and_nothing_comes_twice(
     assert num_calls == 6, "16 batches, 3 a stream"
 
 
-async def test_damaged_batch_is_read_again(server: StreamerServer, dataset: Dataset) -> None:
+async def test_damaged_batch_is_read_again(server: StreamerServer, dataset: MemoryDataset) -> None:
     def flip_a_pixel(call: int, number: int, raw: bytes) -> bytes:
         # Wire format puts the pixels last.
         return raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:] if (call, number) == (1, 5) else raw
@@ -163,7 +163,7 @@ async def test_batch_damaged_every_time_is_an_error_that_names_its_position(serv
     assert caught.value.position == 64
 
 
-async def test_missing_batch_is_read_again(server: StreamerServer, dataset: Dataset) -> None:
+async def test_missing_batch_is_read_again(server: StreamerServer, dataset: MemoryDataset) -> None:
     held: list[bytes] = []
 
     def swap(call: int, number: int, raw: bytes) -> bytes:
@@ -193,7 +193,7 @@ async def test_batch_with_too_few_pixels_is_refused_though_its_checksum_fits(ser
         await broken_at(server, cut)
 
 
-async def test_draining_replica_is_left_and_read_again(server: StreamerServer, dataset: Dataset) -> None:
+async def test_draining_replica_is_left_and_read_again(server: StreamerServer, dataset: MemoryDataset) -> None:
     async with StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset]) as other:
 
         def drain_after_four(call: int, number: int, raw: bytes) -> bytes:
@@ -208,9 +208,9 @@ async def test_draining_replica_is_left_and_read_again(server: StreamerServer, d
     assert relay.num_calls == 2
 
 
-async def test_replica_with_other_data_is_refused_in_the_middle(server: StreamerServer, dataset: Dataset) -> None:
+async def test_replica_with_other_data_is_refused_in_the_middle(server: StreamerServer, dataset: MemoryDataset) -> None:
     train = dataset.splits["train"]
-    changed = make_split("train", train.images[::-1].copy(), train.labels.copy(), num_classes=10)
+    changed = MemorySplit("train", train.images[::-1].copy(), train.labels.copy(), num_classes=10)
     async with StreamerServer(
         StreamerSettings(port=0, metrics_port=0), [Dataset("mnist", (), {"train": changed})]
     ) as other:
@@ -225,7 +225,7 @@ async def test_replica_with_other_data_is_refused_in_the_middle(server: Streamer
                 await read(client)
 
 
-async def test_streamer_that_is_killed_and_comes_back_continues_the_stream(dataset: Dataset) -> None:
+async def test_streamer_that_is_killed_and_comes_back_continues_the_stream(dataset: MemoryDataset) -> None:
     first = StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset])
     async with first, SampleClient(first.address) as client:
         batches, second = [], None
@@ -248,7 +248,7 @@ async def test_nobody_at_the_address_is_named_with_what_to_check() -> None:
                 await attempt
 
 
-async def test_streamer_that_never_comes_back_is_given_up_after_max_attempts(dataset: Dataset) -> None:
+async def test_streamer_that_never_comes_back_is_given_up_after_max_attempts(dataset: MemoryDataset) -> None:
     server = StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset])
     async with server, SampleClient(server.address, retry=QUICK) as client:
         await client.datasets()
@@ -257,7 +257,7 @@ async def test_streamer_that_never_comes_back_is_given_up_after_max_attempts(dat
             await read(client)
 
 
-async def test_stream_that_stalls_is_opened_again(server: StreamerServer, dataset: Dataset) -> None:
+async def test_stream_that_stalls_is_opened_again(server: StreamerServer, dataset: MemoryDataset) -> None:
     retry = Retry(first_delay_seconds=0.001, stall_seconds=0.3)
 
     relay = Relay(server.address, lambda call, number, raw: raw, stalls_first=True)
@@ -276,7 +276,7 @@ def test_delays_grow_to_a_bound() -> None:
 # Readiness
 
 
-async def test_wait_ready_returns_once_the_streamer_serves(dataset: Dataset) -> None:
+async def test_wait_ready_returns_once_the_streamer_serves(dataset: MemoryDataset) -> None:
     server = StreamerServer(StreamerSettings(port=0, metrics_port=0))
     server.bind()
     async with SampleClient(server.address) as client:
@@ -309,6 +309,15 @@ async def test_leaving_the_loop_ends_the_stream(large: StreamerServer) -> None:
             break
 
         await streams_become(large, 0)
+
+
+async def test_transformed_images_arrive_in_their_shape_and_type(client: SampleClient, dataset: MemoryDataset) -> None:
+    plan = Plan(dataset="mnist", batch_size=400, transform="crop(height=20,width=10,at=centre)|normalise(mean=0,std=1)")
+    batches = [batch async for batch in client.batches(plan)]
+
+    assert {(batch.images.dtype.name, batch.images.shape[1:]) for batch in batches} == {("float32", (20, 10))}
+    images = np.concatenate([batch.images for batch in batches])
+    np.testing.assert_allclose(images, dataset.splits["train"].images[:, 4:24, 9:19] / 255, atol=1e-6)
 
 
 async def test_closing_the_generator_ends_the_stream(large: StreamerServer) -> None:
@@ -344,7 +353,7 @@ def reader_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "sluice-batch-reader"]
 
 
-async def test_reader_gives_the_epoch_in_a_plain_loop(server: StreamerServer, dataset: Dataset) -> None:
+async def test_reader_gives_the_epoch_in_a_plain_loop(server: StreamerServer, dataset: MemoryDataset) -> None:
     def work() -> tuple[list[Batch], float]:
         with BatchReader(server.address, PLAN) as reader:
             return list(reader), reader.waited_seconds

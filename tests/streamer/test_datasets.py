@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from streamer import datasets, idx, small, source
-from streamer.declarations import DECLARATIONS, DatasetFiles, Declaration, SmallSource
+from streamer.declarations import DECLARATIONS, DatasetFiles, DebianSource, Declaration, SmallSource
 from streamer.errors import CacheError, DataError, NoDataError, UnknownDatasetError
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -121,7 +121,7 @@ async def test_given_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 async def test_unknown_data_set_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(UnknownDatasetError, match="there is no 'mnits'; known are mnist"):
+    with pytest.raises(UnknownDatasetError, match="there is no 'mnits'; known are fashion-mnist, mnist"):
         await datasets.find("mnits", data=None, cache=tmp_path, report=print)
 
 
@@ -248,6 +248,47 @@ async def test_cache_that_fails_while_it_is_filled_is_named(
     taken.mkdir(parents=True)
 
     with pytest.raises(CacheError, match=r"datasets/mnist: Is a directory; .*SLUICE_CACHE"):
+        await find(tmp_path)
+
+
+# What Debian's package installs
+
+
+@pytest.fixture
+def installed(
+    known: Declaration, contents: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DebianSource:
+    """A package that puts the files into a folder of this test."""
+    source = DebianSource(package="dataset-mnist", folder=tmp_path / "usr")
+    source.folder.mkdir()
+    for name, content in pack(contents).items():
+        (source.folder / name).write_bytes(content)
+    monkeypatch.setitem(DECLARATIONS, "mnist", replace(known, debian=source))
+    return source
+
+
+async def test_installed_package_is_used_before_any_mirror(
+    installed: DebianSource, mirrors: list[Mirror], tmp_path: Path
+) -> None:
+    files, said = await find(tmp_path)
+
+    assert (files.folder, files.is_small, said) == (installed.folder, False, "")
+    assert (await source.load(files)).splits["test"].labels.tolist() == [1, 2, 3]
+    assert mirrors[0].asked == []
+
+
+async def test_damaged_file_of_the_package_says_to_install_it_again(installed: DebianSource, tmp_path: Path) -> None:
+    labels = idx.format_labels(np.array([1, 2, 4], np.uint8))
+    (installed.folder / f"{NAMES[1]}.gz").write_bytes(gzip.compress(labels))
+
+    with pytest.raises(DataError, match="run `apt-get install --reinstall dataset-mnist`"):
+        await source.load((await find(tmp_path))[0])
+
+
+async def test_package_that_is_not_installed_is_recommended(installed: DebianSource, tmp_path: Path) -> None:
+    (installed.folder / f"{NAMES[1]}.gz").unlink()
+
+    with pytest.raises(NoDataError, match="`apt-get install dataset-mnist` puts the files there"):
         await find(tmp_path)
 
 

@@ -13,7 +13,7 @@ from rpc.lifecycle import PortTakenError
 from streamer.metrics import Sending
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset
+from streamer.split import MemoryDataset
 from tests.scraping import becomes, documented, faults, scrape, shown, value
 
 SAMPLES, BATCHES = "MnistService/GetTrainingSamples", "sluice.streamer.v1.SampleService/StreamBatches"
@@ -104,7 +104,7 @@ async def test_stopped_streamer_has_nothing_in_flight(server: StreamerServer, ch
     assert value(server.metrics_url, "streamer_streams_in_flight", method=SAMPLES) == 0
 
 
-async def test_metrics_are_there_before_the_data_and_gone_after_the_end(dataset: Dataset) -> None:
+async def test_metrics_are_there_before_the_data_and_gone_after_the_end(dataset: MemoryDataset) -> None:
     server = StreamerServer(StreamerSettings(port=0, metrics_port=0))
     server.bind()
     assert value(server.metrics_url, "streamer_serving") == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -21,7 +22,8 @@ from rpc.lifecycle import PortTakenError
 from streamer.client import Plan, SampleClient
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
-from streamer.source import Dataset
+from streamer.split import MemoryDataset
+from tests.streamer.packed import write_packed
 from tests.streamer.streams import streams_become
 
 SERVICES = ["MnistService", "sluice.streamer.v1.SampleService"]
@@ -171,7 +173,9 @@ async def streamer_process(data: Path, **environment: str) -> AsyncIterator[tupl
         await process.communicate()
 
 
-async def test_process_serves_the_folder_and_ends_cleanly_on_sigterm(mnist_folder: Path, dataset: Dataset) -> None:
+async def test_process_serves_the_folder_and_ends_cleanly_on_sigterm(
+    mnist_folder: Path, dataset: MemoryDataset
+) -> None:
     async with streamer_process(mnist_folder) as (process, address):
         async with SampleClient(address) as client:
             await client.wait_ready(timeout_seconds=10)
@@ -181,6 +185,20 @@ async def test_process_serves_the_folder_and_ends_cleanly_on_sigterm(mnist_folde
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
     assert_nobody_listens(address)
+
+
+async def test_process_serves_several_data_sets_from_their_places(
+    mnist_folder: Path, dataset: MemoryDataset, tmp_path: Path
+) -> None:
+    await write_packed(tmp_path / "packed", dataset.splits["train"])
+    wanted = {"SLUICE_STREAMER_DATASETS": f"mnist,own={tmp_path / 'packed'}", "SLUICE_STREAMER_MEMORY_BYTES": "0"}
+    async with streamer_process(mnist_folder, **wanted) as (_, address), SampleClient(address) as client:
+        listed = {one.name: one.splits["train"].fingerprint for one in await client.datasets()}
+        batches = [batch async for batch in client.batches(Plan(dataset="own", seed=3, batch_size=128))]
+
+    assert listed["mnist"] == listed["own"]
+    for batch in batches:
+        np.testing.assert_array_equal(batch.images, dataset.splits["train"].images[batch.indices])
 
 
 async def interrupted(stream: AsyncIterable[T], process: asyncio.subprocess.Process) -> AsyncIterator[T]:

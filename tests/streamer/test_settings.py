@@ -18,3 +18,17 @@ def test_environment_names_are_those_of_the_readme(monkeypatch: pytest.MonkeyPat
 def test_value_out_of_range_names_the_setting(option: str) -> None:
     with pytest.raises(SettingsError, match=f"--{option.replace('_', '-')} = -1: input should be"):
         load(StreamerSettings, **{option: -1})
+
+
+def test_datasets_are_names_with_or_without_a_place() -> None:
+    settings = load(StreamerSettings, datasets="mnist, letters = s3://bucket/letters,own=/data/own")
+    assert settings.places == {"mnist": None, "letters": "s3://bucket/letters", "own": "/data/own"}
+
+
+@pytest.mark.parametrize(
+    ("datasets", "told"),
+    [("mnist,,own=/x", "NAME or NAME=PLACE"), ("=x", "NAME or NAME="), ("a,a=/x", "each data set once")],
+)
+def test_datasets_that_make_no_sense_are_refused(datasets: str, told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        load(StreamerSettings, datasets=datasets)

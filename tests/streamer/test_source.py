@@ -8,15 +8,15 @@ import pytest
 from streamer import datasets, idx, source
 from streamer.declarations import DatasetFiles, SplitFiles
 from streamer.errors import DataError
-from streamer.source import Dataset, Split
+from streamer.split import MemoryDataset, MemorySplit
 
 
-async def load(folder: Path) -> Dataset:
+async def load(folder: Path) -> MemoryDataset:
     return await source.load(await datasets.find("mnist", data=folder, cache=folder / "unused", report=print))
 
 
-def split_of(images: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]], labels: list[int]) -> Split:
-    return source.make_split("train", images, np.array(labels, np.uint8), num_classes=10)
+def split_of(images: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]], labels: list[int]) -> MemorySplit:
+    return MemorySplit("train", images, np.array(labels, np.uint8), num_classes=10)
 
 
 async def test_samples_are_the_files_own_and_read_only(mnist_folder: Path) -> None:

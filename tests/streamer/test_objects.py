@@ -1,0 +1,113 @@
+import asyncio
+import itertools
+import random
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from streamer import objects
+from streamer.errors import NoObjectError, StorageError
+from streamer.objects import ObjectStore
+from streamer.tally import Tally
+from tests.streamer.storage import S3Server
+
+
+def open_store(url: str = "s3://objects/here", *, seconds: float = 20) -> tuple[ObjectStore, Tally]:
+    tally = Tally()
+    return ObjectStore(url, deadline_seconds=seconds, tally=tally), tally
+
+
+async def test_object_is_read_whole_and_in_part(s3: S3Server) -> None:
+    store, tally = open_store()
+    await store.write("a", bytes(range(100)))
+
+    assert await store.read("a") == bytes(range(100))
+    assert bytes(await store.read_range("a", 10, 5)) == bytes(range(10, 15))
+    assert bytes(await store.read_range("a", 98, 5)) == bytes(range(98, 100))
+    counts = tally.counts()
+    assert (counts.fetched_objects, counts.fetched_bytes, counts.retries) == (3, 107, 0)
+
+
+async def test_file_is_uploaded(s3: S3Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    store, _ = open_store("s3://objects")
+    await store.write("deep/file", tmp_path / "file")
+
+    assert s3.get("s3://objects/deep/file") == b"content"
+
+
+@pytest.mark.parametrize(("url", "problem"), [("s3://objects", "no such object"), ("s3://absent", "no such bucket")])
+async def test_what_is_not_there_is_named_at_once(s3: S3Server, url: str, problem: str) -> None:
+    s3.put("s3://objects/some", b"1")
+    store, tally = open_store(url)
+
+    with pytest.raises(NoObjectError, match=f"^{url}/nowhere: {problem}$"):
+        await store.read("nowhere")
+    assert tally.counts().retries == 0
+
+
+async def test_wrong_key_is_refused_at_once(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    store, tally = open_store()
+
+    with pytest.raises(StorageError, match=r"access denied: .*check AWS_ACCESS_KEY_ID") as caught:
+        await store.read("a")
+    assert caught.value.is_refusal
+    assert tally.counts().retries == 0
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///x", "gs://bucket", "bucket/x"])
+def test_url_that_names_no_bucket_is_refused(url: str) -> None:
+    with pytest.raises(StorageError, match="not of the form s3://bucket/prefix"):
+        open_store(url)
+
+
+async def test_proxy_of_the_environment_is_not_asked_for_loopback(s3: S3Server, dead_proxy: None) -> None:
+    store, tally = open_store()
+    await store.write("a", b"1")
+
+    assert await store.read("a") == b"1"
+    assert tally.counts().retries == 0
+
+
+async def test_nobody_there_is_told_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "c"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    store, tally = open_store(seconds=0.5)
+    started = time.monotonic()
+
+    with pytest.raises(StorageError, match=r"^s3://objects/here/a: no answer in 0.5 s: ") as caught:
+        await store.read("a")
+    assert not caught.value.is_refusal
+    assert 0.4 < time.monotonic() - started < 2
+    assert tally.counts().retries >= 1
+
+
+async def test_missing_key_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    # Where a machine in a cloud would be asked who it is.
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
+    store, _ = open_store(seconds=0.3)
+
+    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID is not set"):
+        await store.read("a")
+
+
+async def test_server_that_takes_connections_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for name, value in {"ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "REGION": "c"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store, _ = open_store(seconds=0.3)
+
+        with pytest.raises(StorageError, match="no answer in"):
+            await asyncio.wait_for(store.read("a"), 5)
+
+
+def test_pauses_are_random_and_their_ceiling_doubles_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "uniform", lambda low, high: high if low == 0 else None)
+
+    assert list(itertools.islice(objects._pauses(), 8)) == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
