@@ -263,3 +263,8 @@ async def _to_the_end(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -
     except asyncio.CancelledError:
         await asyncio.wait({working})
         raise
+
+
+if __name__ == "__main__":
+    # While an image is built, so that its containers start without a download.
+    asyncio.run(install(Path(sys.argv[1]), print))

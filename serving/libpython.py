@@ -5,6 +5,7 @@ Debian's python3 is linked statically and does not bring it; the package of the 
 """
 
 import asyncio
+import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,8 @@ _STANDARD = ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64",
 
 def find(cache: Path) -> Path | None:
     """Return the library: this Python's own, the system's, or the one fetched into ``cache``; None if there is none."""
-    return next((path for path in _candidates(cache) if path.is_file()), None)
+    # Unlike Path.is_file, no error where a folder may not be looked into.
+    return next((path for path in _candidates(cache) if os.path.isfile(path)), None)
 
 
 def _candidates(cache: Path) -> Iterator[Path]:

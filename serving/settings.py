@@ -33,7 +33,7 @@ class TritonSettings(Settings):
     """Folder that the server is installed into, once for all projects of a user."""
 
     log_file: Path = Path(".sluice/logs/tritonserver.log")
-    """Where the server's output goes; set aside as ``.1`` at a start that finds it larger than 16 MiB."""
+    """Where the server's output goes, ``-`` for standard error; a file larger than 16 MiB at a start becomes ``.1``."""
 
     ready_timeout_seconds: float = Field(120.0, gt=0, le=3600)
     """How long the start may take, with loading and warming up every model."""

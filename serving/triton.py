@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Self
 
@@ -17,12 +17,13 @@ import structlog
 from rpc.address import joined
 from serving import keeper, orphans
 from serving.control import TritonControl
-from serving.errors import ControlError, PortTakenError, TritonStartError
-from serving.installation import Installation
+from serving.errors import ControlError, PortTakenError, ServingError, TritonStartError
+from serving.installation import Installation, install
 from serving.settings import TritonSettings
 
 log = structlog.get_logger(__name__)
 
+_STANDARD_ERROR = Path("-")
 _MAX_LOG_BYTES = 16 << 20
 _TAIL_BYTES = 4096
 _TAIL_LINES = 12
@@ -141,6 +142,8 @@ class EmbeddedTriton:
 
     def _open_log(self) -> IO[bytes]:
         path = self._settings.log_file
+        if path == _STANDARD_ERROR:
+            return open(os.dup(2), "ab")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
@@ -226,6 +229,8 @@ class EmbeddedTriton:
     def _tail(self) -> str:
         """Return the end of what this start has logged, as the rest of a message."""
         path = self._settings.log_file
+        if path == _STANDARD_ERROR:
+            return "; what it said stands above"
         try:
             with path.open("rb") as file:
                 file.seek(max(self._log_start, path.stat().st_size - _TAIL_BYTES))
@@ -235,6 +240,26 @@ class EmbeddedTriton:
         # Without the tables that Triton draws of its options.
         plain = [line for line in lines if line.strip() and not line.startswith(("+", "|"))]
         return "; the end of {}:\n{}".format(path, "\n".join(plain[-_TAIL_LINES:]))
+
+
+async def serve(settings: TritonSettings, *, on_ready: Callable[[str], None], report: Callable[[str], None]) -> None:
+    """
+    Run the embedded Triton until this is cancelled; cancelled again, kill it.
+
+    Args:
+        settings: Addresses, folders and limits.
+        on_ready: Told the gRPC address once models can be loaded and asked.
+        report: Told about an installation, in lines.
+
+    Raises:
+        ServingError: It cannot be had or started here, or it died.
+    """
+    installation = await install(settings.cache, report)
+    async with EmbeddedTriton(settings, installation) as triton:
+        on_ready(triton.address)
+        status = await triton.wait()
+        place = "the lines above" if settings.log_file == _STANDARD_ERROR else settings.log_file
+        raise ServingError(f"Triton ended with status {status}; {place} may say why")
 
 
 def servable_models(repository: Path) -> list[str]:

@@ -3,7 +3,6 @@
 import sys
 
 from sluice.readiness import end_with_parent
-from sluice.supervisor import ERROR_PREFIX
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -18,6 +17,7 @@ _ROOTS = (
     ("gateway.client", "ClientError", EXIT_FAILED),
     ("serving.errors", "ServingError", EXIT_FAILED),
     ("training.errors", "TrainingError", EXIT_FAILED),
+    ("loadtest.errors", "LoadTestError", EXIT_FAILED),
     ("sluice.supervisor", "ServiceError", EXIT_FAILED),
 )
 
@@ -25,10 +25,8 @@ _ROOTS = (
 def main() -> None:
     """Run the command line and exit."""
     end_with_parent()
-    from sluice.commands import app
-
     try:
-        app(prog_name="sluice")
+        _run()
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as raised:
@@ -36,8 +34,25 @@ def main() -> None:
         status = _status_of(error)
         if status is None:
             raise
-        print(f"{ERROR_PREFIX}{error}", file=sys.stderr)
+        _complain(error)
         sys.exit(status)
+
+
+def _run() -> None:
+    if sys.argv[1:2] == ["health"]:
+        # Run every few seconds in every container, and all commands together take four times as long to import.
+        from sluice.health import main as check
+
+        sys.exit(check(sys.argv[2:]))
+    from sluice.commands import app
+
+    app(prog_name="sluice")
+
+
+def _complain(problem: object) -> None:
+    from sluice.supervisor import ERROR_PREFIX
+
+    print(f"{ERROR_PREFIX}{problem}", file=sys.stderr)
 
 
 def _first(error: Exception) -> Exception:
@@ -49,10 +64,7 @@ def _first(error: Exception) -> Exception:
 
 def _status_of(error: Exception) -> int | None:
     if isinstance(error, ModuleNotFoundError) and error.name:
-        print(
-            f"{ERROR_PREFIX}{error.name} is not installed; pip install '.[all]' in the sources brings every part",
-            file=sys.stderr,
-        )
+        _complain(f"{error.name} is not installed; pip install '.[all]' in the sources brings every part")
         sys.exit(EXIT_FAILED)
     for module, name, status in _ROOTS:
         # Only a module that is loaded can have raised it.

@@ -110,7 +110,7 @@ def triton(settings: TritonSettings) -> None:
 
 @data.command()
 def fetch(
-    name: Annotated[str, typer.Argument(help="Name of the data set; mnist is known.")] = "mnist",
+    name: Annotated[str, typer.Argument(help="Name of the data set: mnist or fashion-mnist.")] = "mnist",
     folder: Annotated[Path | None, typer.Option("--data", help="Folder of IDX files to check instead.")] = None,
 ) -> None:
     """Get a data set into the local cache and say what it holds."""
@@ -126,6 +126,42 @@ def fetch(
             print(f"{name} {split.name}: {split.num_samples:,} images in {files.folder}")
 
     asyncio.run(run())
+
+
+@data.command()
+def pack(
+    source: Annotated[
+        str, typer.Argument(help="Name of a known data set, or its folder (IDX files, images by class), or s3://...")
+    ],
+    out: Annotated[str, typer.Argument(help="New folder, or s3://bucket/prefix.")],
+    name: Annotated[str, typer.Option(help="Name in the index; by default that of the source.")] = "",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH to scale images to; by default all have one size.")] = "",
+    held_out: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of each class that becomes the split test where none is named.")
+    ] = 0.1,
+    shard_mib: Annotated[int, typer.Option(min=1, max=65536, help="Size of a shard, in MiB.")] = 64,
+    block_kib: Annotated[
+        int, typer.Option(min=1, max=65536, help="Size of a block, the unit of cache and download, in KiB.")
+    ] = 256,
+) -> None:
+    """Write a data set as shards, which need not fit into memory to be read; see docs/data.md."""
+    from sluice.interruption import run_until_stopped
+    from sluice.pack import PackOptions, run
+
+    settings = load(StreamerSettings)
+    options = PackOptions(
+        source=source,
+        out=out,
+        cache=settings.cache,
+        data=settings.data,
+        name=name,
+        size=size,
+        held_out=held_out,
+        shard_bytes=shard_mib * 1024**2,
+        block_bytes=block_kib * 1024,
+    )
+    if not asyncio.run(run_until_stopped(run(options, report=_say))):
+        raise KeyboardInterrupt
 
 
 @app.command()
@@ -149,8 +185,10 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train on the stream and publish the next version; Triton loads it where it runs."""
+    from sluice.interruption import unwind_on_sigterm
     from sluice.training import TrainOptions, run
 
+    unwind_on_sigterm()
     options = TrainOptions(
         recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton, load=load
     )
@@ -191,6 +229,86 @@ def compare(
     from sluice.compare import run
 
     asyncio.run(run(first, second, server=server or _gateway_address(), model=model, method=method, as_json=as_json))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def health(context: typer.Context) -> None:
+    """Ask gateway, streamer or Triton whether it is well: one line, and exit status 0 or 1."""
+    from sluice.health import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command()
+def loadtest(
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="[classify|classify-batch|compare|triton]",
+            help="What to ask: an RPC of the gateway, or ModelInfer straight at Triton.",
+        ),
+    ] = "classify",
+    rate: Annotated[
+        float | None, typer.Option(help="Open loop: calls a second on a fixed schedule, however slow the answers are.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Closed loop: callers that each wait for an answer before the next call [8].")
+    ] = None,
+    duration: Annotated[float, typer.Option(help="Seconds to measure.")] = 10.0,
+    warm_up: Annotated[float, typer.Option("--warm-up", help="Seconds before that, not counted.")] = 2.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 5.0,
+    max_outstanding: Annotated[
+        int | None,
+        typer.Option(help="Open loop: calls that may wait for an answer; one more counts as NOT_SENT [10000]."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a call of classify-batch [64] or triton [1].")] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", metavar="[png|raw]", help="How images are sent to the gateway [png].")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model name; the server's default when not given.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Address of the gateway, host:port; by default where its settings put it.")
+    ] = None,
+    triton: Annotated[
+        str | None, typer.Option(help="Address of Triton's gRPC, host:port; by default where its settings put it.")
+    ] = None,
+    triton_metrics: Annotated[
+        str | None, typer.Option(help="Address of Triton's metrics, host:port; by default where its settings put it.")
+    ] = None,
+    streamer: Annotated[
+        str | None, typer.Option(help="Streamer whose test images are sent; by default where its settings put it.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of images to send instead, one subfolder for each class.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seeds the order of the images and the choice of pairs.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for the result as JSON, with ghz's field names; - prints it.")
+    ] = None,
+) -> None:
+    """Measure latency, throughput and accuracy under load; Ctrl-C ends it early with what it has."""
+    from sluice.loadtest import LoadTestOptions, run
+
+    options = LoadTestOptions(
+        target=target,
+        rate=rate,
+        concurrency=concurrency,
+        max_outstanding=max_outstanding,
+        duration=duration,
+        warm_up=warm_up,
+        timeout=timeout,
+        batch_size=batch_size,
+        image_format=image_format,
+        model=model,
+        server=server,
+        triton=triton,
+        triton_metrics=triton_metrics,
+        streamer=streamer,
+        images=images,
+        seed=seed,
+        json=json_file,
+    )
+    raise typer.Exit(run(options))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 from collections.abc import Coroutine
 from typing import Any
 
@@ -31,3 +32,8 @@ async def run_until_stopped(work: Coroutine[Any, Any, None]) -> bool:
         return False
     task.result()
     return True
+
+
+def unwind_on_sigterm() -> None:
+    """Have SIGTERM end this process as Ctrl-C does, cleaning up on the way, with the status that a shell expects."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from gateway.client import ClientError, ImageClient
 from gateway.settings import GatewaySettings
 from rpc.settings import load
-from serving.errors import ServingError
 from serving.installation import install
 from serving.settings import TritonSettings
-from serving.triton import EmbeddedTriton, servable_models
+from serving.triton import servable_models
 from sluice.ports import places
 from sluice.settings import UpSettings
 from sluice.supervisor import Service, ServiceError, Supervisor
@@ -43,27 +42,6 @@ async def run(settings: UpSettings, *, report: Callable[[str], None]) -> None:
                 report("stopping")
     finally:
         report("stopped")
-
-
-async def run_triton(
-    settings: TritonSettings, *, on_ready: Callable[[str], None], report: Callable[[str], None]
-) -> None:
-    """
-    Run the embedded Triton until this is cancelled; cancelled again, kill it.
-
-    Args:
-        settings: Addresses, folders and limits.
-        on_ready: Told the gRPC address once models can be loaded and asked.
-        report: Told about an installation, in lines.
-
-    Raises:
-        serving.errors.ServingError: It cannot be had or started here, or it died.
-    """
-    installation = await install(settings.cache, report)
-    async with EmbeddedTriton(settings, installation) as triton:
-        on_ready(triton.address)
-        status = await triton.wait()
-        raise ServingError(f"Triton ended with status {status}; {settings.log_file} may say why")
 
 
 def triton_service(settings: UpSettings) -> Service:

@@ -14,7 +14,8 @@ def announce(address: str) -> None:
     """Tell the supervisor, where there is one, the address this process listens on; else say it to the user."""
     descriptor = os.environ.pop(_READY_VARIABLE, None)
     if descriptor is None:
-        print(f"listening on {address}; Ctrl-C ends it", file=sys.stderr)
+        ending = "; Ctrl-C ends it" if sys.stderr.isatty() else ""
+        print(f"listening on {address}{ending}", file=sys.stderr)
         return
     with os.fdopen(int(descriptor), "w") as pipe:
         pipe.write(f"{address}\n")

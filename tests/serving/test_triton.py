@@ -380,6 +380,16 @@ class TestStart:
         assert settings.log_file.with_name("triton.log.1").stat().st_size == 17 << 20
         assert settings.log_file.stat().st_size < 1000
 
+    async def test_output_goes_to_standard_error_where_the_log_file_says_so(
+        self, settings: TritonSettings, server: Installation, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        server.binary.write_text("#!/bin/sh\necho no such thing\nexit 3\n")
+
+        with pytest.raises(TritonStartError, match="status 3 while starting; what it said stands above"):
+            await EmbeddedTriton(settings.model_copy(update={"log_file": Path("-")}), server).start()
+
+        assert capfd.readouterr().err == "no such thing\n"
+
 
 def test_servable_are_models_with_configuration_and_version(tmp_path: Path) -> None:
     for path in ("b/1", "a/12", "staged/.staged-1", "latest/latest", "zero/0", "unconfigured/1"):

@@ -1,6 +1,7 @@
 import asyncio
 import os
 import signal
+import sys
 
 import pytest
 
@@ -61,3 +62,19 @@ async def test_error_of_the_work_is_raised() -> None:
 
     with pytest.raises(ValueError, match="no"):
         await run_until_stopped(fail())
+
+
+async def test_sigterm_unwinds_a_process_without_a_loop() -> None:
+    program = (
+        "import signal; from sluice.interruption import unwind_on_sigterm\n"
+        "unwind_on_sigterm()\n"
+        "try: print('running', flush=True); signal.pause()\n"
+        "finally: print('clean')"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"running\n"
+    process.terminate()
+
+    assert await process.stdout.read() == b"clean\n"
+    assert await process.wait() == 143
