@@ -1,6 +1,6 @@
 # Sluice: `make` explains the targets. Every one but help, dist and clean prepares .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-full check format bench protos lock dist clean
+.PHONY: help setup demo up test test-compose test-full check format bench protos lock dist clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## Explain the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make .venv with what requirements/ pins (once; quick afterwards)
 
@@ -32,7 +32,10 @@ up: setup ## Start Triton, streamer and gateway; Ctrl-C stops all of it
 	@$(BIN)/sluice up
 
 test: setup ## The tests CI runs, with a real Triton; less than 10 minutes
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not containers"
+
+test-compose: setup ## Build the images and run the line in containers, where there is an engine
+	$(BIN)/pytest -m containers
 
 test-full: setup ## All tests, the slow ones too
 	$(BIN)/pytest

@@ -14,7 +14,7 @@ from gateway.errors import GatewayError, UnknownModelError, UnknownVersionError,
 
 log = structlog.get_logger(__name__)
 
-_TRAIN = "train one with `sluice train`"
+_TRAIN = "train one with `sluice train`, in containers with `docker compose run --rm train`"
 
 
 class DatasetCard(BaseModel):

@@ -14,6 +14,7 @@ from PIL import Image
 from gateway.client import Classification, ImageClient, ModelNotFoundError
 from serving.control import TritonControl
 from tests.line.processes import Line, Split
+from tests.pairs import share_ordered_right
 from tests.scraping import shown
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(300)]
@@ -89,27 +90,8 @@ async def test_calls_at_once_are_run_in_batches(line: Line, digits: Split) -> No
 
 
 async def test_pictures_of_one_digit_are_more_alike_than_of_two(line: Line, digits: Split) -> None:
-    chance = np.random.default_rng(0)
-
-    def pair(*, same: bool) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        first = chance.integers(len(digits.labels))
-        others = np.flatnonzero((digits.labels == digits.labels[first]) == same)
-        return digits.images[first], digits.images[chance.choice(others[others != first])]
-
-    async with ImageClient(line.address("gateway"), timeout_seconds=60) as client:
-
-        async def score(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> float:
-            async with callers:
-                return (await client.compare(*pair)).score
-
-        callers = asyncio.Semaphore(32)
-        same = await asyncio.gather(*(score(pair(same=True)) for _ in range(1000)))
-        different = await asyncio.gather(*(score(pair(same=False)) for _ in range(1000)))
-
-    ordered = float(np.mean(np.array(same) > np.array(different)))
-
     # One epoch of 4,000 images; 0.5 is chance. The containers' test asks more of the whole recipe.
-    assert ordered > 0.85
+    assert await share_ordered_right(line.address("gateway"), digits.images, digits.labels) > 0.85
 
 
 def test_compare_prints_the_score_and_names_the_file_that_is_bad(line: Line, digits: Split, tmp_path: Path) -> None:
