@@ -32,7 +32,7 @@ from streamer.flow import Credit
 from streamer.metrics import Sending, StreamerMetrics
 from streamer.order import Order, Share, check_plan, shares
 from streamer.plan import Plan, Remainder
-from streamer.session import Grants, opening
+from streamer.session import Grants, hear_out, opening
 from streamer.settings import StreamerSettings
 from streamer.split import Dataset, MemorySplit, Split
 from streamer.transforms.pool import TransformPool
@@ -150,15 +150,23 @@ class StreamerServicer:
             request = await opening(requests, self._settings.idle_seconds)
         except StreamerError as error:
             await _refuse(context, error)
-        dataset = request.plan.dataset
-        async with aclosing(
-            self._stream(dataset, lambda sending: self._pulled(request, requests, sending), context)
-        ) as stream:
-            async for message in stream:
+        messages = self._stream(
+            request.plan.dataset,
+            lambda sending: self._pulled(request, requests, sending),
+            context,
+            before_refusal=lambda: hear_out(requests),
+        )
+        async with aclosing(messages) as each:
+            async for message in each:
                 yield message
 
     async def _stream(
-        self, dataset: str, messages: Callable[[Sending], AsyncGenerator[_Message, None]], context: Context
+        self,
+        dataset: str,
+        messages: Callable[[Sending], AsyncGenerator[_Message, None]],
+        context: Context,
+        *,
+        before_refusal: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[bytes, None]:
         try:
             with self._place(), self._metrics.sending(dataset) as sending:
@@ -168,6 +176,8 @@ class StreamerServicer:
                         yield message
                         sending.count(num_samples, len(message))
         except StreamerError as error:
+            if before_refusal is not None:
+                await before_refusal()
             await _refuse(context, error)
 
     @contextmanager

@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from protos.streamer.v1 import sample_service_pb2 as pb
 from streamer.errors import IdleReaderError, InvalidPlanError
 from streamer.flow import Credit
+
+_HEAR_OUT_SECONDS = 0.5
 
 
 async def opening(requests: AsyncIterator[pb.PullBatchesRequest], idle_seconds: float) -> pb.StreamBatchesRequest:
@@ -26,6 +29,18 @@ async def opening(requests: AsyncIterator[pb.PullBatchesRequest], idle_seconds: 
     if first is None or first.WhichOneof("message") != "open":
         raise InvalidPlanError("open", "required as the first message")
     return first.open
+
+
+async def hear_out(requests: AsyncIterator[pb.PullBatchesRequest]) -> None:
+    """
+    Wait a moment for the reader's next message before its stream is refused.
+
+    Readers send their first grant together with ``open``. One that meets a call that has ended is INTERNAL at the
+    reader, in grpc.aio, and the status it should have got is lost.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_HEAR_OUT_SECONDS):
+            await anext(requests, None)
 
 
 class Grants:

@@ -41,7 +41,7 @@ class Relay:
         self._server = grpc.aio.server()
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "ListDatasets": grpc.unary_unary_rpc_method_handler(self._list),
-            "StreamBatches": grpc.unary_stream_rpc_method_handler(self._stream),
+            "PullBatches": grpc.stream_stream_rpc_method_handler(self._stream),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -60,11 +60,11 @@ class Relay:
             method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{SERVICE}/ListDatasets")
             return await method(request)
 
-    async def _stream(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         self.num_calls += 1
         async with grpc.aio.insecure_channel(self.upstream) as channel:
-            method: grpc.aio.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(f"/{SERVICE}/StreamBatches")
-            call = method(request)
+            method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(f"/{SERVICE}/PullBatches")
+            call = method(requests)
             try:
                 number = 0
                 async for message in call:
