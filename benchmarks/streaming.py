@@ -45,7 +45,7 @@ def contenders(streamer: str, bare: str) -> dict[str, Contender]:
         return samples
 
     return {
-        f"StreamBatches, batches of {BATCH_SIZE}, checked": batches,
+        f"PullBatches by our client, batches of {BATCH_SIZE}, checked": batches,
         f"bare stream of {BATCH_SIZE}-sample messages": lambda seconds: _read_bare(
             bare, "Batches", BATCH_SIZE, seconds
         ),

@@ -42,8 +42,8 @@ class GatewaySettings(Settings):
     """Most pixels an image may have, by its header; decoding, in each thread, takes up to 13 bytes for each."""
     max_batch_images: int = Field(1024, ge=1, le=65536)
     """Most images in one ClassifyBatch."""
-    max_in_flight: int = Field(2048, ge=1, le=1_000_000)
-    """Most images being worked on at once, over all calls; what comes beyond is refused at once."""
+    max_in_flight: int = Field(2048, ge=2, le=1_000_000)
+    """Most images worked on at once, over all calls, of which a comparison is two; what comes beyond is refused."""
     decode_threads: int = Field(2, ge=1, le=256)
     """Threads that decode large images; small ones are decoded where they arrive."""
 

@@ -90,6 +90,11 @@ def _guard(method: str, handler: Handler, metrics: MethodMetrics | None, idle_se
             raise
         except grpc.aio.AbortError:
             raise
+        except _MalformedError:
+            await call.refuse()
+        except grpc.aio.BaseError:
+            call.is_cut = True
+            raise
         except Exception:
             await call.fail()
         finally:
@@ -119,6 +124,12 @@ def _guard(method: str, handler: Handler, metrics: MethodMetrics | None, idle_se
             await call.give_up(patience.seconds)
         except grpc.aio.AbortError:
             raise
+        except _MalformedError:
+            await call.refuse()
+        except grpc.aio.BaseError:
+            # The peer is gone, and grpc.aio says so of what was to be sent to it.
+            call.is_cut = True
+            raise
         except Exception:
             await call.fail()
         finally:
@@ -144,12 +155,17 @@ async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
     try:
         return parse(data)
     except DecodeError:
-        await call.refuse()
+        # Raised and not refused here: a stream may read its requests in another task than it answers in.
+        raise _MalformedError from None
 
 
 async def _each_parsed(parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
     async for data in stream:
         yield await _parsed(parse, data, call)
+
+
+class _MalformedError(Exception):
+    """Bytes that are not the method's request message."""
 
 
 class _Call:
@@ -160,6 +176,7 @@ class _Call:
         self._method = method
         self._context = context
         self._metrics = metrics
+        self._has_ended = False
         self._started = time.perf_counter()
         # Asked for now: a cancelled stream is closed after its call is freed, and asking then crashes (grpc 1.85).
         self._peer = context.peer()
@@ -174,6 +191,8 @@ class _Call:
         await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
 
     async def give_up(self, seconds: float) -> None:
+        # Told now: the status waits for a peer that may never read.
+        self.end(grpc.StatusCode.ABORTED.name)
         await self._context.abort(
             grpc.StatusCode.ABORTED, f"nothing was taken for {seconds:g} s; open the stream again where you are"
         )
@@ -183,8 +202,12 @@ class _Call:
         log.exception("rpc failed", method=self._method, incident=incident)
         await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error, logged as {incident}")
 
-    def end(self) -> None:
-        seconds, code = time.perf_counter() - self._started, self._code()
+    def end(self, code: str = "") -> None:
+        """Tell log and metrics how it ended, once."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        seconds, code = time.perf_counter() - self._started, code or self._code()
         if self._metrics is not None:
             self._metrics.end(code, seconds)
         if not self._method.startswith(_QUIET):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.checksum import batch_checksum
+from streamer.errors import StorageError
 from streamer.order import Order, Share
 from streamer.plan import Plan
 from streamer.split import Split
@@ -106,6 +107,11 @@ async def ahead(items: AsyncGenerator[Item, None], count: int) -> AsyncGenerator
             async with aclosing(items):
                 async for item in items:
                     await made.put((item,))
+        except asyncio.CancelledError:
+            if making.cancelling():
+                raise
+            # Not the reader's doing: what the items are read from was closed.
+            await made.put(StorageError("the data set", "was closed while it was read"))
         except Exception as error:
             await made.put(error)
         else:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from protos import mnist_pb2
 from protos.streamer.v1 import sample_service_pb2 as pb
 from rpc import lifecycle
 from rpc.address import joined
-from rpc.health import Health
+from rpc.health import MAX_WATCHERS, Health
 from rpc.interceptor import Guard
 from rpc.telemetry import Endpoint
 from streamer.metrics import StreamerMetrics
@@ -32,6 +33,8 @@ _MNIST = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"]
 _SAMPLE = pb.DESCRIPTOR.services_by_name["SampleService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
+# Health watches, checks, reflection, and streams that were ended and whose readers have not taken notice.
+_SPARE_RPCS = MAX_WATCHERS + 128
 # Every request here is a few hundred bytes.
 _MAX_REQUEST_BYTES = 64 * 1024
 
@@ -50,19 +53,22 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         StreamerError: There is no usable data.
         PortTakenError: A port is taken; raised before any data is fetched.
     """
-    server = StreamerServer(settings)
-    datasets: list[Dataset] = []
-    try:
+    reading = Reading(
+        cache=settings.cache,
+        cache_bytes=settings.cache_bytes,
+        memory_bytes=settings.memory_bytes,
+        deadline_seconds=settings.storage_deadline_seconds,
+    )
+    server, datasets = StreamerServer(settings), []
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.stop)
         server.bind()
-        reading = Reading(
-            cache=settings.cache,
-            cache_bytes=settings.cache_bytes,
-            memory_bytes=settings.memory_bytes,
-            deadline_seconds=settings.storage_deadline_seconds,
-        )
-        folder = str(settings.data) if settings.data else None
         for name, place in settings.places.items():
-            datasets.append(await _load(name, place or folder, reading))
+            dataset = await _load(name, place, reading)
+            stack.push_async_callback(dataset.close)
+            datasets.append(dataset)
+        # Once more, as streams read from the data sets until they end.
+        stack.push_async_callback(server.stop)
         await server.start(datasets)
         log.info("serving", address=server.address, metrics=server.metrics_url)
         if on_ready is not None:
@@ -70,10 +76,6 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         await lifecycle.run_until_signalled(
             server.grpc_server, grace_seconds=settings.drain_seconds, on_drain=server.drain
         )
-    finally:
-        await server.stop()
-        for dataset in datasets:
-            await dataset.close()
 
 
 async def _load(name: str, place: str | None, reading: Reading) -> Dataset:
@@ -104,7 +106,11 @@ class StreamerServer:
         self._pool: TransformPool | None = None
         self._starting = asyncio.Lock()
         guard = Guard(self._metrics.methods, idle_seconds=settings.idle_seconds)
-        self.grpc_server = grpc.aio.server(interceptors=[guard], options=_options(settings))
+        self.grpc_server = grpc.aio.server(
+            interceptors=[guard],
+            options=_options(settings),
+            maximum_concurrent_rpcs=settings.max_streams + _SPARE_RPCS,
+        )
 
     async def __aenter__(self) -> Self:
         self.bind()
@@ -171,8 +177,10 @@ class StreamerServer:
         self.drain()
         try:
             await self.grpc_server.stop(0)
-            if self._pool is not None:
-                await self._pool.close()
+            # One that is being started is waited for.
+            async with self._starting:
+                if self._pool is not None:
+                    await self._pool.close()
         finally:
             if self._endpoint is not None:
                 self._endpoint.close()

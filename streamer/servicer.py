@@ -1,5 +1,6 @@
 """Each RPC: check the request, call inward, answer; and the one table from our errors to gRPC status."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
@@ -112,7 +113,7 @@ class StreamerServicer:
         metrics.add_datasets(datasets)
         self._pool = pool
         self._active_streams = 0
-        self._is_draining = False
+        self._draining = asyncio.Event()
         # Of streams that may be waiting for credit.
         self._grants: set[Grants] = set()
 
@@ -123,7 +124,7 @@ class StreamerServicer:
 
     def drain(self) -> None:
         """Let every stream of batches end with a closing message before its next batch."""
-        self._is_draining = True
+        self._draining.set()
         for grants in self._grants:
             grants.drain()
 
@@ -147,7 +148,7 @@ class StreamerServicer:
     ) -> AsyncIterator[bytes]:
         """Stream one rank's batches as fast as the reader grants them."""
         try:
-            request = await opening(requests, self._settings.idle_seconds)
+            request = await opening(requests, idle_seconds=self._settings.idle_seconds, draining=self._draining)
         except StreamerError as error:
             await _refuse(context, error)
         messages = self._stream(
@@ -195,7 +196,7 @@ class StreamerServicer:
         is_first, offered_seconds = True, 0.0
         async with aclosing(await self._assembled(reading)) as assembled:
             async for batch in assembled:
-                if self._is_draining:
+                if self._draining.is_set():
                     yield _going_away(reading, batch.share.position, is_first)
                     return
                 message = _encode(batch, reading if is_first else None, offered_seconds)
@@ -213,27 +214,32 @@ class StreamerServicer:
             Grants(requests, credit, idle_seconds=self._settings.idle_seconds) as grants,
         ):
             with self._told_of_draining(grants):
-                async for batch in assembled:
-                    sending.offer()
-                    await grants.wait()
-                    sending.count(0, 0)
-                    if grants.is_draining:
-                        if not credit.was_granted:
-                            raise GoingAwayError
-                        yield _going_away(reading, batch.share.position, is_first)
-                        break
-                    if not credit.lets_send:
-                        return  # half-closed, and all is spent
-                    credit.spend(batch.payload_bytes)
-                    yield len(batch.indices), _encode(batch, reading if is_first else None)
-                    is_first = False
+                try:
+                    async for batch in assembled:
+                        sending.offer()
+                        await grants.wait()
+                        sending.count(0, 0)
+                        if grants.is_draining:
+                            if not credit.was_granted:
+                                raise GoingAwayError
+                            yield _going_away(reading, batch.share.position, is_first)
+                            is_first = False
+                            break
+                        if not credit.lets_send:
+                            return  # half-closed, and all is spent
+                        credit.spend(batch.payload_bytes)
+                        yield len(batch.indices), _encode(batch, reading if is_first else None)
+                        is_first = False
+                except StreamerError:
+                    await grants.hear_out()
+                    raise
                 # A grant must not meet a call that has ended: see PullBatches in the contract.
-                await grants.wait_closed()
+                await (grants.hear_out() if is_first else grants.wait_closed())
 
     @contextmanager
     def _told_of_draining(self, grants: Grants) -> Iterator[None]:
         self._grants.add(grants)
-        if self._is_draining:
+        if self._draining.is_set():
             grants.drain()
         try:
             yield
@@ -253,6 +259,12 @@ class StreamerServicer:
         split = self._split(plan.dataset, plan.split, "plan.split")
         transform = parse(plan.transform, image_shape=split.image_shape)
         limit = batches.max_samples(split, transform, self._settings.max_message_bytes)
+        if not limit:
+            raise InvalidPlanError(
+                "plan.transform",
+                f"an image of {transform.sample_bytes} bytes does not fit into a message; "
+                f"{self._settings.max_message_bytes} are allowed",
+            )
         check_plan(plan, max_batch_samples=min(limit, self._settings.max_batch_samples))
         if plan.fingerprint and plan.fingerprint != split.fingerprint:
             raise FingerprintMismatchError(

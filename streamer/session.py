@@ -7,25 +7,33 @@ from types import TracebackType
 from typing import Self
 
 from protos.streamer.v1 import sample_service_pb2 as pb
-from streamer.errors import IdleReaderError, InvalidPlanError
+from streamer.errors import GoingAwayError, IdleReaderError, InvalidPlanError, StreamerError
 from streamer.flow import Credit
 
 _HEAR_OUT_SECONDS = 0.5
 
 
-async def opening(requests: AsyncIterator[pb.PullBatchesRequest], idle_seconds: float) -> pb.StreamBatchesRequest:
+async def opening(
+    requests: AsyncIterator[pb.PullBatchesRequest], *, idle_seconds: float, draining: asyncio.Event
+) -> pb.StreamBatchesRequest:
     """
     Return the request that a reader opens its stream with.
 
     Raises:
         InvalidPlanError: The first message is another, or there is none.
         IdleReaderError: It did not come in time.
+        GoingAwayError: ``draining`` was set first.
     """
+    reading = asyncio.ensure_future(anext(requests, None))
+    drained = asyncio.create_task(draining.wait())
     try:
-        async with asyncio.timeout(idle_seconds):
-            first = await anext(requests, None)
-    except TimeoutError:
-        raise IdleReaderError("open", idle_seconds) from None
+        await asyncio.wait((reading, drained), timeout=idle_seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            raise GoingAwayError if draining.is_set() else IdleReaderError("open", idle_seconds)
+        first = reading.result()
+    finally:
+        reading.cancel()
+        drained.cancel()
     if first is None or first.WhichOneof("message") != "open":
         raise InvalidPlanError("open", "required as the first message")
     return first.open
@@ -102,10 +110,14 @@ class Grants:
 
     async def wait_closed(self) -> None:
         """Wait until the reader half-closes or is idle for too long; raises as :meth:`wait` does for bad messages."""
-        try:
+        with suppress(IdleReaderError):
             await self._until(lambda: self.is_closed, "half-close")
-        except IdleReaderError:
-            return
+
+    async def hear_out(self) -> None:
+        """Take the grants that are on their way before the stream is refused: see :func:`hear_out`."""
+        with suppress(TimeoutError, StreamerError):
+            async with asyncio.timeout(_HEAR_OUT_SECONDS):
+                await self.wait_closed()
 
     async def _until(self, happened: Callable[[], bool], awaited: str) -> None:
         while True:

@@ -30,7 +30,7 @@ class StreamerSettings(Settings):
     """What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``."""
 
     data: Path | None = Field(None, validation_alias="SLUICE_DATA")
-    """Folder in which known data sets lie as IDX files; None: the cache, else the mirrors, else the small set."""
+    """Folder of a known data set, or with a folder for each; None: the cache, else the mirrors, else the small set."""
 
     cache: Path = Field(default_factory=cache_folder)
     """Where fetched data is kept."""
@@ -81,7 +81,12 @@ class StreamerSettings(Settings):
     @property
     def places(self) -> dict[str, str | None]:
         """Where each data set lies, by name; None for a known one that is looked for."""
-        return dict(_parsed(self.datasets))
+        parsed = _parsed(self.datasets)
+        if self.data is None:
+            return dict(parsed)
+        # One may lie in the folder itself; of several each has to have its own, or one would be taken for another.
+        is_alone = sum(place is None for _, place in parsed) == 1
+        return {name: place or str(self.data if is_alone else self.data / name) for name, place in parsed}
 
 
 def _parsed(datasets: str) -> list[tuple[str, str | None]]:

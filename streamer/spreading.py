@@ -102,7 +102,9 @@ class Spreading:
                 head = self._window[0]
                 if head.arrived:
                     yield head.arrived.popleft()
+                    # What the reader did meanwhile is no time in which nothing came.
                     waiting_since = time.monotonic()
+                    self._deadline = waiting_since + self._retry.next_batch_seconds
                 elif head.is_done:
                     self._window.popleft()
                     self._fill()

@@ -12,6 +12,7 @@ from protos.streamer.v1 import sample_service_pb2 as pb
 
 _IMAGES = pb.Batch.IMAGES_FIELD_NUMBER << 3 | 2
 
+_MAX_VARINT_BITS = 63
 # Low three bits of a tag.
 _VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
 
@@ -69,6 +70,8 @@ def _read_varint(data: bytes, place: int) -> tuple[int, int]:
     byte = data[place]
     value, shift = byte & 0x7F, 7
     while byte & 0x80:
+        if shift > _MAX_VARINT_BITS:
+            raise DecodeError("a number of more than 10 bytes")
         place += 1
         byte = data[place]
         value |= (byte & 0x7F) << shift

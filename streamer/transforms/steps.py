@@ -149,7 +149,7 @@ class Pad(GeometricStep):
 
 @dataclass(frozen=True)
 class Shift(GeometricStep):
-    """Move the image, by fractions of a pixel too; what leaves the frame is gone, what comes in is 0."""
+    """Move the image, by fractions of a pixel too; what comes in is 0."""
 
     name = "shift"
     pixels: Annotated[Spread, Takes(_SHIFT, "to the right and, drawn on its own, down; negative: left, up")]

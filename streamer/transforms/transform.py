@@ -13,7 +13,19 @@ from streamer.errors import InvalidPlanError, TransformError
 from streamer.transforms.draws import Draws
 from streamer.transforms.parameters import Parameter, parameters_of
 from streamer.transforms.resampling import AffineMaps, Bend, Sampler
-from streamer.transforms.steps import MAX_SIDE, Elastic, GeometricStep, PixelStep, Preset, Shape, Step, Term, known
+from streamer.transforms.steps import (
+    MAX_SIDE,
+    Crop,
+    Elastic,
+    GeometricStep,
+    Pad,
+    PixelStep,
+    Preset,
+    Shape,
+    Step,
+    Term,
+    known,
+)
 
 MAX_LENGTH = 512
 """Characters of a transform's text."""
@@ -216,10 +228,15 @@ class Transform:
             if step.is_neutral:
                 continue
             placed = _Placed(place, step, shape)
+            if isinstance(step, Pad) and moves and not isinstance(moves[-1].step, Pad):
+                # The frame is zeros, and not what was moved out of the image before.
+                stages.append(_Resampling(moves))
+                moves = []
             if isinstance(step, GeometricStep | Elastic):
                 moves.append(placed)
-            if moves and not isinstance(step, GeometricStep):
+            if moves and (isinstance(step, Crop) or not isinstance(step, GeometricStep)):
                 # What follows a bend cannot join it: where its pixels come from is no longer known at whole places.
+                # And what was cut off is gone.
                 stages.append(_Resampling(moves))
                 moves = []
             if isinstance(step, PixelStep):

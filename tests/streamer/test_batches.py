@@ -8,6 +8,7 @@ import pytest
 
 from streamer import batches
 from streamer.batches import AssembledBatch
+from streamer.errors import StorageError
 from streamer.order import Order, Share, shares
 from streamer.plan import Plan
 from streamer.split import MemorySplit
@@ -137,3 +138,14 @@ async def test_ahead_closed_early_closes_its_items() -> None:
     await anext(found)
     await found.aclose()
     assert closed.is_set()
+
+
+async def test_ahead_does_not_wait_for_items_that_were_cut_off() -> None:
+    async def items() -> AsyncGenerator[int, None]:
+        yield 1
+        raise asyncio.CancelledError  # as a closed pool of threads does
+
+    found = batches.ahead(items(), 2)
+    assert await anext(found) == 1
+    with pytest.raises(StorageError, match="was closed"):
+        await anext(found)

@@ -203,7 +203,8 @@ async def test_draining_replica_is_left_and_read_again(server: StreamerServer, d
             return raw
 
         relay = Relay(server.address, drain_after_four)
-        async with relay, SampleClient(relay.address, retry=QUICK) as client:
+        # So little that the epoch has not been sent when the drain begins.
+        async with relay, SampleClient(relay.address, retry=QUICK, window_bytes=100_000) as client:
             assert_whole(await read(client), dataset)
     assert relay.num_calls == 2
 

@@ -7,14 +7,17 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from streamer.client import SampleClient
+from streamer.errors import DataLossError
 from streamer.plan import Plan
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import MemoryDataset
+from streamer.split import Dataset, MemoryDataset, MemorySplit, Samples
+from tests.scraping import becomes, value
 from tests.streamer.streams import streams_become
 
 BATCH_BYTES = 300 * 785
@@ -189,6 +192,62 @@ async def test_draining_replica_refuses_a_reader_that_has_not_begun(
     assert (code, "on another" in details) == ("UNAVAILABLE", True)
 
 
+async def test_draining_replica_refuses_a_reader_that_has_not_even_opened(
+    channel: grpc.aio.Channel, server: StreamerServer
+) -> None:
+    async with Reader(channel) as reader:
+        asyncio.get_running_loop().call_later(0.05, server.drain)
+        code, _ = await reader.refusal()
+
+    assert code == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize("first", [[], [opened()], [opened(), GRANT]], ids=len)
+async def test_bytes_that_are_no_message_end_the_stream_wherever_they_come(
+    channel: grpc.aio.Channel, first: list[pb.PullBatchesRequest]
+) -> None:
+    pull: Any = channel.stream_stream("/sluice.streamer.v1.SampleService/PullBatches")
+    call = pull()
+    for message in first:
+        await call.write(message.SerializeToString())
+    await call.write(b"\xff\xff\xff")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [message async for message in call]
+
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_range_of_nothing_ends_without_a_message(channel: grpc.aio.Channel) -> None:
+    async with Reader(channel, opened(start=300, end=300), GRANT) as reader, asyncio.timeout(5):
+        assert await reader.read_rest() == []
+
+
+class Damaged(MemorySplit):
+    """A split whose fourth batch is lost."""
+
+    async def read(self, indices: NDArray[np.int64]) -> Samples:
+        if 900 in indices:
+            raise DataLossError("shard", 7, 9, expected="what was written", found="other bytes")
+        return await super().read(indices)
+
+
+async def test_loss_in_the_middle_keeps_its_status_while_grants_come(dataset: MemoryDataset) -> None:
+    train = dataset.splits["train"]
+    damaged = Dataset("mnist", (), {"train": Damaged("train", train.images, train.labels, 10)})
+    async with (
+        StreamerServer(StreamerSettings(port=0, metrics_port=0), [damaged]) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        for _ in range(5):
+            async with Reader(channel, opened()) as reader:
+                await reader.grant(10**6)
+                for _ in range(3):
+                    await reader.read()
+                    await reader.grant(BATCH_BYTES)
+                code, details = await reader.refusal()
+            assert (code, "shard" in details) == ("DATA_LOSS", True)
+
+
 # Readers that do nothing
 
 
@@ -235,6 +294,9 @@ async def test_stream_that_nobody_reads_gives_its_place_back(
     await abandoned[0].read()
     await streams_become(impatient, 5)
     await streams_become(impatient, 0)
+    method, url = "sluice.streamer.v1.SampleService/StreamBatches", impatient.metrics_url
+    await becomes(5, url, "streamer_streams_total", method=method, code="ABORTED")
+    assert value(url, "streamer_streams_in_flight", method=method) == 0
 
     # Who reads after all gets whole batches and is told.
     with pytest.raises(grpc.aio.AioRpcError, match=r"nothing was taken for 0\.1 s; open the stream again"):

@@ -24,19 +24,23 @@ async def sent(
         await asyncio.Event().wait()
 
 
+async def opened(messages: AsyncIterator[pb.PullBatchesRequest], idle_seconds: float = 5) -> pb.StreamBatchesRequest:
+    return await opening(messages, idle_seconds=idle_seconds, draining=asyncio.Event())
+
+
 async def test_stream_is_opened_by_its_first_message() -> None:
-    assert (await opening(sent([OPEN, grant(1)]), 5)).start_position == 3
+    assert (await opened(sent([OPEN, grant(1)]))).start_position == 3
 
 
 @pytest.mark.parametrize("messages", [[], [grant(1)], [pb.PullBatchesRequest()]], ids=["none", "grant", "empty"])
 async def test_stream_opened_by_anything_else_is_refused(messages: list[pb.PullBatchesRequest]) -> None:
     with pytest.raises(InvalidPlanError, match=r"^open: required as the first message"):
-        await opening(sent(messages), 5)
+        await opened(sent(messages))
 
 
 async def test_reader_that_never_opens_is_idle() -> None:
     with pytest.raises(IdleReaderError, match=r"no open within 0\.01 s"):
-        await opening(sent([], stays_open=True), 0.01)
+        await opened(sent([], stays_open=True), 0.01)
 
 
 async def test_grant_wakes_who_waits() -> None:

@@ -32,3 +32,11 @@ def test_datasets_are_names_with_or_without_a_place() -> None:
 def test_datasets_that_make_no_sense_are_refused(datasets: str, told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         load(StreamerSettings, datasets=datasets)
+
+
+def test_folder_is_of_one_known_data_set_or_has_a_folder_for_each(tmp_path: Path) -> None:
+    alone = load(StreamerSettings, datasets="mnist,own=/data/own", data=tmp_path)
+    assert alone.places == {"mnist": str(tmp_path), "own": "/data/own"}
+
+    several = load(StreamerSettings, datasets="mnist,fashion-mnist", data=tmp_path)
+    assert several.places == {"mnist": str(tmp_path / "mnist"), "fashion-mnist": str(tmp_path / "fashion-mnist")}

@@ -1,6 +1,7 @@
 """One epoch from several replicas: whole, in order and bounded, whatever becomes of them."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator
 
@@ -173,6 +174,30 @@ async def test_all_replicas_gone_are_named(server: StreamerServer, second: Strea
         await second.grpc_server.stop(0)
         with pytest.raises(UnreachableError, match=rf"{server.address}, {second.address}"):
             _ = [batch async for batch in stream]
+
+
+async def test_reader_that_pauses_for_longer_than_it_waits_goes_on(
+    server: StreamerServer, second: StreamerServer, expected: list[Batch]
+) -> None:
+    received = []
+    async with reader(server.address, second.address, retry=Retry(next_batch_seconds=0.3)) as client:
+        async for batch in client.batches(PLAN):
+            received.append(batch)
+            if len(received) in (1, 20):
+                await asyncio.sleep(0.5)  # a validation run
+
+    assert_equal(received, expected)
+
+
+async def test_replica_that_takes_connections_and_answers_nothing_is_done_without(
+    server: StreamerServer, expected: list[Batch]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        address = "{}:{}".format(*hung.getsockname())
+        started = time.monotonic()
+        assert_equal(await read(reader(address, server.address, retry=Retry(stall_seconds=60))), expected)
+
+    assert time.monotonic() - started < 30, "half of the time after which a silent stream counts as broken"
 
 
 async def test_leaving_the_loop_ends_every_call(server: StreamerServer, second: StreamerServer) -> None:

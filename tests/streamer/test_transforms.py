@@ -333,3 +333,19 @@ def test_a_name_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse("explode", image_shape=SHAPE) == Transform((Explode(),), SHAPE)
     with pytest.raises(ValueError, match="already is a transform named 'rotate'"):
         register(type("Other", (Explode,), {"name": "rotate"}))
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        ("crop(height=10,width=10,at=centre)|pad(pixels=9)", slice(9, 19)),
+        ("shift(pixels=5..5)|pad(pixels=5)|shift(pixels=-10..-10)", slice(0, 23)),
+    ],
+)
+def test_what_was_cut_off_or_moved_out_does_not_come_back_in_a_frame(spec: str, kept: slice) -> None:
+    ones = np.full((1, 28, 28), 255, np.uint8)
+    out = parse(spec, image_shape=(28, 28)).apply(ones, np.array([3]), seed=1, epoch=0)[0]
+
+    expected = np.zeros(out.shape, np.uint8)
+    expected[kept, kept] = 255
+    np.testing.assert_array_equal(out, expected)

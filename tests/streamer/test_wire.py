@@ -63,3 +63,8 @@ def test_message_cut_anywhere_is_read_as_protobuf_does_or_refused(fields: pb.Bat
             decode(message)
     else:
         assert decode(message)[1] == expected.images
+
+
+def test_number_without_end_is_refused_at_once() -> None:
+    with pytest.raises(DecodeError):
+        decode(b"\x08" + b"\x80" * 10**6)
