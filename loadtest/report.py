@@ -183,9 +183,13 @@ class Report:
             )
 
     def _batch_rows(self) -> Iterator[str]:
-        places = f"{self.plan.triton} (gRPC) and {self.plan.triton_metrics} (metrics)"
+        grpc, metrics = f"{self.plan.triton} (gRPC)", f"{self.plan.triton_metrics} (metrics)"
+        places = f"{grpc} and {metrics}"
         if self.batches is None:
-            yield _row("batches", f"unknown: Triton answers neither at {places}")
+            yield _row(
+                "batches",
+                f"unknown: Triton answers neither at {grpc} nor {metrics}; containers let none in",
+            )
         elif not self.batches:
             yield _row("batches", f"none: the Triton at {places} ran nothing; another one answers here")
         else:

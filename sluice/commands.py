@@ -27,6 +27,10 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(data, name="data")
+stream = typer.Typer(
+    help="A running streamer, and proof of what was read from it.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(stream, name="stream")
 
 
 # As in gateway.client, which takes as long to import as NumPy.
@@ -164,6 +168,56 @@ def pack(
         raise KeyboardInterrupt
 
 
+@stream.command()
+def verify(
+    ledgers: Annotated[list[Path], typer.Argument(metavar="LEDGER...", help="Of all ranks and restarts of one run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print lost, repeated, unexpected and recovered samples; exits 1 when any but the last is not 0."""
+    from sluice.stream import check
+
+    raise typer.Exit(0 if check(ledgers, as_json=as_json) else 1)
+
+
+@stream.command("ls")
+def list_datasets(
+    streamer: Annotated[
+        str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+) -> None:
+    """List what a running streamer serves: data set, split, images, their shape, classes, start of the fingerprint."""
+    from sluice.stream import list_datasets as run
+
+    asyncio.run(run(streamer, as_json=as_json))
+
+
+@stream.command()
+def bench(
+    streamer: Annotated[
+        str | None,
+        typer.Option(help="Address, host:port, or several, separated by commas; by default where its settings put it."),
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="Name as the streamer lists it.")] = "mnist",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in a batch.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Seconds of each of the five turns.")] = 2.0,
+    transform: Annotated[str, typer.Option(help="Transform with its parameters; see docs/transforms.md.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Read as fast as it goes: samples/s, MB/s and the share of time that the reader waited, medians of five turns."""
+    from sluice.interruption import run_until_stopped
+    from sluice.stream import BenchOptions
+    from sluice.stream import bench as run
+
+    # What the client says of broken streams is no part of the result.
+    log.configure("warning")
+    options = BenchOptions(
+        streamer=streamer, dataset=dataset, batch_size=batch_size, seconds=seconds, transform=transform
+    )
+    if not asyncio.run(run_until_stopped(run(options, as_json=as_json))):
+        raise KeyboardInterrupt
+
+
 @app.command()
 def train(
     recipe: Annotated[str, typer.Option(help="Named run to start from: mnist or smoke.")] = "mnist",
@@ -188,6 +242,7 @@ def train(
     from sluice.interruption import unwind_on_sigterm
     from sluice.training import TrainOptions, run
 
+    log.configure("warning")  # to standard error, as the result is on the other
     unwind_on_sigterm()
     options = TrainOptions(
         recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton, load=load

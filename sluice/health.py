@@ -145,7 +145,7 @@ def ask_triton(address: str, *, timeout_seconds: float) -> Health:
         with closing(http.client.HTTPConnection(address, timeout=timeout_seconds)) as connection:
             connection.request("GET", "/v2/health/live")
             status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, UnicodeError, http.client.HTTPException) as error:
         return Health(is_well=False, reason=f"no answer: {str(error) or type(error).__name__}")
     return Health(is_well=status == 200, reason="live" if status == 200 else f"not live: HTTP status {status}")
 

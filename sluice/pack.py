@@ -13,6 +13,9 @@ from streamer.packing import DEFAULT_BLOCK_BYTES, DEFAULT_SHARD_BYTES, FolderTar
 from streamer.places import Reading, find
 from streamer.shards import INDEX_NAME
 
+# As of transforms; all images of a folder are in memory while they are packed.
+_MAX_SIDE = 2048
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackOptions:
@@ -85,4 +88,7 @@ def _parse_size(text: str) -> tuple[int, int] | None:
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if match is None:
         raise SettingsError(f"--size {text}: expected HEIGHTxWIDTH in pixels, like 64x64 or 64")
-    return int(match[1]), int(match[2] or match[1])
+    height, width = int(match[1]), int(match[2] or match[1])
+    if max(height, width) > _MAX_SIDE:
+        raise SettingsError(f"--size {text}: 1 to {_MAX_SIDE} pixels a side are allowed")
+    return height, width

@@ -31,7 +31,7 @@ def sluice(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
             ["streamer", "--port", "0", "--metrics-port", "0", "--data", "/nowhere"], 1, "no such folder", id="folder"
         ),
         pytest.param(["train", "--recipe", "big"], 2, "known are mnist, smoke", id="recipe"),
-        pytest.param(["data", "fetch", "cifar"], 1, "known are mnist", id="data set"),
+        pytest.param(["data", "fetch", "cifar"], 1, "known are fashion-mnist, mnist", id="data set"),
         pytest.param(["classify", "--server", "127.0.0.1:1", "README.md"], 1, "127.0.0.1:1", id="no gateway"),
         pytest.param(["classify"], 2, "files", id="no file"),
     ],
