@@ -37,8 +37,7 @@ def value(url: str, name: str, **labels: str) -> float:
 
 async def becomes(expected: float, url: str, name: str, **labels: str) -> None:
     """Wait until a series has a value; the test's own timeout is the limit."""
-    # A call's end at the server is told to nobody else.
-    while value(url, name, **labels) != expected:  # noqa: ASYNC110 - as said
+    while value(url, name, **labels) != expected:  # noqa: ASYNC110 - a call's end at the server is told to nobody else
         await asyncio.sleep(0)
 
 

@@ -83,8 +83,8 @@ async def test_each_call_is_one_line_with_its_code(channel: grpc.aio.Channel, me
     with capture_logs() as logs:
         call = unary(channel, method)(b"")
         await asyncio.wait({asyncio.ensure_future(call.code())})
-        # The caller may know the status before the handler has ended, and nothing tells that.
-        while not any(entry["event"] == "rpc" for entry in logs):  # noqa: ASYNC110 - as said
+        # The caller may know the status before the handler has ended.
+        while not any(entry["event"] == "rpc" for entry in logs):  # noqa: ASYNC110 - nothing tells of the handler's end
             await asyncio.sleep(0)
 
     assert [(entry["method"], entry["code"]) for entry in logs if entry["event"] == "rpc"] == [

@@ -402,6 +402,7 @@ async def test_reader_holds_no_more_than_it_may_prefetch(server: StreamerServer)
         with BatchReader(server.address, Plan(dataset="mnist", batch_size=1), prefetch_batches=3) as reader:
             batches = iter(reader)
             next(batches)
+            # Arrivals wake only who takes them; the assertion below fails on one too few or too many.
             deadline = time.monotonic() + 10
             while reader._arrived.qsize() < 3 and time.monotonic() < deadline:
                 time.sleep(0.001)

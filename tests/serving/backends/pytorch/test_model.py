@@ -155,7 +155,7 @@ def serve(backend: Any, tmp_path: Path) -> Serve:
         (tmp_path / "1").mkdir(exist_ok=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            torch.jit.script(module).save(str(tmp_path / "1" / "model.pt"))  # type: ignore[no-untyped-call]
+            torch.jit.script(module).save(str(tmp_path / "1" / "model.pt"))  # type: ignore[no-untyped-call]  # so in torch
         data_type = config.pop("output_type", "TYPE_FP32")
         full = {
             "name": "small",
@@ -340,7 +340,7 @@ def test_module_that_was_frozen_before_is_served(serve: Serve, tmp_path: Path) -
     path = str(tmp_path / "1" / "model.pt")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        frozen = torch.jit.freeze(torch.jit.load(path).eval())  # type: ignore[no-untyped-call]
+        frozen = torch.jit.freeze(torch.jit.load(path).eval())  # type: ignore[no-untyped-call]  # so in torch
     frozen.save(str(tmp_path / "1" / "frozen.pt"))
 
     model = serve(Lone(), inputs=["image"], outputs=["o__0"], default_model_filename="frozen.pt")
