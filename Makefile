@@ -1,6 +1,6 @@
 # Sluice: `make` explains the targets. Every one but help, dist and clean prepares .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-compose test-full check format bench protos lock dist clean
+.PHONY: help setup demo up test test-compose test-full check format bench bench-streamer protos lock dist clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -8,10 +8,12 @@ VENV := .venv
 DIST := dist
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH_VENV := .venv-bench
+BENCH_READY := $(BENCH_VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## Explain the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make .venv with what requirements/ pins (once; quick afterwards)
 
@@ -54,6 +56,18 @@ format: setup ## Apply the formatter and the linter's own fixes
 bench: setup ## Measure streamer and gateway; writes benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+bench-streamer: setup ## Measure the streamer against what one would use instead; writes benchmarks/results/streamer.md
+	@$(MAKE) --no-print-directory $(BENCH_READY) || echo "going on without mosaicml-streaming" >&2
+	$(BIN)/python -m benchmarks.streamer
+
+$(BENCH_READY): requirements/bench.txt $(READY)
+	@rm -rf $(BENCH_VENV)
+	@$(BIN)/python -m venv --without-pip $(BENCH_VENV)
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	  $(BIN)/python -c "$$site" > "$$($(BENCH_VENV)/bin/python -c "$$site")/behind.pth"
+	@$(PIP) --python $(BENCH_VENV)/bin/python install -qq --ignore-installed --no-deps -r requirements/bench.txt
+	@touch $@
+
 protos: setup ## Compile protos/**/*.proto again
 	$(BIN)/python -m protos.generate
 
@@ -72,5 +86,5 @@ dist: ## Pack the committed sources into dist/sluice-VERSION.tar.gz, from which 
 	  git archive --format=tar.gz --prefix=sluice-$$version/ -o $(DIST)/sluice-$$version.tar.gz HEAD && ls -sh $(DIST)/sluice-$$version.tar.gz
 
 clean: ## Remove .venv and everything made by building and testing; keeps models, runs and the cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(BENCH_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

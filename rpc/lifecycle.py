@@ -3,8 +3,9 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import grpc
 import structlog
@@ -20,7 +21,14 @@ class PortTakenError(OSError):
     """Something else listens where this server should; the message names the address and the option."""
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
+class Stoppable(Protocol):
+    """A server, as far as :func:`run_until_signalled` needs one; grpc.aio's is."""
+
+    async def stop(self, grace: float | None) -> None:
+        """Refuse new calls, and end those in flight after ``grace`` seconds; 0, at any time, ends them at once."""
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, *, option: str, is_reserved: bool = False) -> int:
     """
     Listen on ``host:port`` without TLS and return the port, which differs from the given one only when that is 0.
 
@@ -29,15 +37,45 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str) -> int:
         host: Name or address; an IPv6 address without brackets.
         port: 0..65535, 0 for any free one.
         option: What the user changes to get another port, e.g. ``--port or SLUICE_GATEWAY_PORT``.
+        is_reserved: Whether this is one of several processes on a port that :func:`reserve` holds for them; the
+            server needs the option ``grpc.so_reuseport`` then.
 
     Raises:
         PortTakenError: The address cannot be bound.
     """
     try:
         # Let go again: grpc would say that a port is taken on standard error, in its own words, before it raises.
-        _bound(host, port).close()
+        if not is_reserved:
+            _bound(host, port).close()
         return server.add_insecure_port(joined(host, port))
     except (OSError, RuntimeError) as error:
+        raise _taken(host, port, option) from error
+
+
+def reserve(host: str, port: int, *, option: str) -> socket.socket:
+    """
+    Return a socket that holds ``host:port`` for processes of this user that share it by SO_REUSEPORT; Linux only.
+
+    It takes no connections itself: the kernel spreads them over those who listen.
+
+    Args:
+        host: As of :func:`bind`, and so are the others.
+        port: As said.
+        option: As said.
+
+    Raises:
+        PortTakenError: Somebody listens there, or holds it for others.
+    """
+    try:
+        # Those who share it would be let in beside each other, strangers too; who does not is refused.
+        _bound(host, port).close()
+        try:
+            # Whoever looks as above while nobody listens yet finds it taken by this.
+            return _bound(host, port, options=(socket.SO_REUSEPORT,))
+        except OSError:
+            # Connections of a server before this one have not run out.
+            return _bound(host, port, options=(socket.SO_REUSEPORT, socket.SO_REUSEADDR))
+    except OSError as error:
         raise _taken(host, port, option) from error
 
 
@@ -53,11 +91,14 @@ def listen(host: str, port: int, *, option: str) -> socket.socket:
         raise _taken(host, port, option) from error
 
 
-def _bound(host: str, port: int, *, is_listening: bool = False) -> socket.socket:
+def _bound(
+    host: str, port: int, *, is_listening: bool = False, options: Sequence[int] = (socket.SO_REUSEADDR,)
+) -> socket.socket:
     (family, kind, protocol, _, place), *_others = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     bound = socket.socket(family, kind, protocol)
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for option in options:
+            bound.setsockopt(socket.SOL_SOCKET, option, 1)
         bound.bind(place)
         if is_listening:
             bound.listen()
@@ -75,7 +116,7 @@ def _taken(host: str, port: int, option: str) -> PortTakenError:
 
 
 async def run_until_signalled(
-    server: grpc.aio.Server, *, grace_seconds: float, on_drain: Callable[[], object] | None = None
+    server: Stoppable, *, grace_seconds: float, on_drain: Callable[[], object] | None = None
 ) -> None:
     """
     Serve until SIGTERM or SIGINT, then refuse new calls and let those in flight finish.

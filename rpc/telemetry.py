@@ -22,6 +22,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.registry import Collector
 
 from rpc.address import joined
 from rpc.lifecycle import listen
@@ -146,7 +147,7 @@ class Endpoint:
     up nobody and is cut off after 10 seconds.
 
     Args:
-        registry: What is shown.
+        registry: What is shown; asked in that thread.
         host: As of :func:`rpc.lifecycle.listen`, and so are ``port`` and ``option``.
         port: As said.
         option: As said.
@@ -158,7 +159,7 @@ class Endpoint:
         PortTakenError: The address cannot be bound.
     """
 
-    def __init__(self, registry: CollectorRegistry, host: str, port: int, *, option: str) -> None:
+    def __init__(self, registry: Collector, host: str, port: int, *, option: str) -> None:
         self._registry = registry
         self._socket = listen(host, port, option=option)
         self.url = f"http://{joined(host, self._socket.getsockname()[1])}/metrics"

@@ -85,9 +85,10 @@ def demo(
 @with_options(StreamerSettings)
 def streamer(settings: StreamerSettings) -> None:
     """Stream training samples over gRPC."""
-    from streamer.server import serve
+    from streamer import server, workers
 
     log.configure(settings.log_level)
+    serve = workers.serve if settings.num_workers > 1 else server.serve
     asyncio.run(serve(settings, on_ready=announce))
 
 
@@ -236,6 +237,9 @@ def train(
         typer.Option(help="Triton to load the new version, host:port; by default one that answers here."),
     ] = None,
     load: Annotated[bool, typer.Option(help="Whether to have a Triton load the new version.")] = True,
+    ledger: Annotated[
+        Path | None, typer.Option(help="File that proves what was trained on, for `sluice stream verify`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train on the stream and publish the next version; Triton loads it where it runs."""
@@ -245,7 +249,15 @@ def train(
     log.configure("warning")  # to standard error, as the result is on the other
     unwind_on_sigterm()
     options = TrainOptions(
-        recipe=recipe, streamer=streamer, seed=seed, epochs=epochs, minutes=minutes, lr=lr, triton=triton, load=load
+        recipe=recipe,
+        streamer=streamer,
+        seed=seed,
+        epochs=epochs,
+        minutes=minutes,
+        lr=lr,
+        triton=triton,
+        load=load,
+        ledger=ledger,
     )
     result = run(options, report=_say)
     print(json.dumps(result.as_json()) if as_json else result.as_text())

@@ -64,6 +64,7 @@ def streamer_service(settings: UpSettings) -> Service:
     options = {
         "--port": settings.streamer_port,
         "--metrics-port": settings.streamer_metrics_port,
+        "--workers": settings.streamer_workers,
         "--data": settings.data,
     }
     return Service(

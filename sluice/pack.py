@@ -55,7 +55,9 @@ async def run(options: PackOptions, *, report: Callable[[str], None]) -> None:
     try:
         is_remote = options.out.startswith(SCHEME)
         target = (
-            StoreTarget(ObjectStore(options.out, tally=reading.tally)) if is_remote else FolderTarget(Path(options.out))
+            StoreTarget(ObjectStore(options.out, tally=reading.tally, report=report))
+            if is_remote
+            else FolderTarget(Path(options.out))
         )
         index = await pack(
             options.name or name,

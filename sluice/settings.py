@@ -23,6 +23,8 @@ class UpSettings(Settings):
     """Port of the streamer."""
     streamer_metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_STREAMER_METRICS_PORT")
     """Port of the streamer's metrics."""
+    streamer_workers: int | None = Field(None, ge=0, le=256, validation_alias="SLUICE_STREAMER_WORKERS")
+    """Processes of the streamer; 0: one on each core."""
     triton_grpc_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_TRITON_GRPC_PORT")
     """Port of Triton's gRPC."""
     triton_http_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_TRITON_HTTP_PORT")

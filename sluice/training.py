@@ -50,6 +50,7 @@ class TrainOptions:
     lr: float | None
     triton: str | None
     load: bool = True
+    ledger: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +70,7 @@ class Outcome:
             "epochs": self.result.last.epoch + 1,
             "samples_per_second": self.result.last.samples_per_second,
             "run": str(self.result.folder),
+            "waited": self.result.stalls.waited_share,
             "loaded_by": self.loaded_by,
         }
 
@@ -131,7 +133,8 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
     settings = load(TritonSettings)
     report(f"asking the streamer at {config.data.streamer}")
     with ProgressView() as view:
-        result = train(config, repository=settings.model_repository, runs=_RUNS, observer=view)
+        result = train(config, repository=settings.model_repository, runs=_RUNS, observer=view, ledger=options.ledger)
+    report(str(result.stalls))
     report(f"published {settings.model_repository / result.card.model / str(result.card.version)}")
     address = options.triton or joined(settings.host, settings.grpc_port)
     loaded = options.load and asyncio.run(

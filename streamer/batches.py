@@ -5,17 +5,19 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamer import wire
 from streamer.checksum import batch_checksum
 from streamer.errors import StorageError
 from streamer.order import Order, Share
 from streamer.plan import Plan
-from streamer.split import Split
+from streamer.readahead import read_ahead
+from streamer.shards import ShardedSplit
+from streamer.split import MemorySplit, Samples, Split
 from streamer.transforms.pool import TransformPool
 from streamer.transforms.transform import Transform
 
@@ -26,16 +28,21 @@ Item = TypeVar("Item")
 _INDEX_BYTES = 5
 _FIXED_BYTES = 256
 
+# What a read that is begun early holds beside its samples: a task, and for each sample who waits for which row.
+_READ_BYTES = 8 * 1024
+_WANTED_BYTES = 1024
+
 # Positions turned into indices at once: a call costs the same for 100 as for 1,000.
 _BLOCK_POSITIONS = 8192
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class AssembledBatch:
+class AssembledBatch(NamedTuple):
     """A batch ready to be sent; arrays are C-contiguous and of the same length, which is 0 in a closing batch."""
 
     share: Share
-    indices: NDArray[np.uint64]
+    indices: NDArray[np.int64]
+    packed_indices: NDArray[np.uint8] | None
+    """By :func:`streamer.wire.pack_indices`."""
     images: NDArray[Any]
     """Shape (N, ...), as the transform leaves them."""
     labels: NDArray[Any]
@@ -53,7 +60,11 @@ class AssembledBatch:
 
 
 async def assemble(
-    split: Split, plan: Plan, shares: Iterable[Share], transform: Transform, pool: TransformPool | None
+    split: Split,
+    plan: Plan,
+    shares: Iterable[Share],
+    transform: Transform,
+    pool: TransformPool | None,
 ) -> AsyncGenerator[AssembledBatch, None]:
     """
     Gather the samples of each share, one batch at a time, when the next is asked for.
@@ -68,24 +79,38 @@ async def assemble(
     Raises:
         StreamerError: A sample cannot be read or transformed.
     """
-    empty = np.empty((0, *split.image_shape), np.uint8), np.empty(0, np.uint8)
-    for share, indices, lookup_seconds in _looked_up(split, plan, shares):
+    started = time.perf_counter()
+    async with aclosing(_read(split, _looked_up(split, plan, shares))) as reads:
+        async for found, (stored, labels) in reads:
+            images: NDArray[Any] = stored
+            was_read = time.perf_counter()
+            if pool is not None and found.indices.size:
+                images = await pool.apply(transform, stored, found.indices, seed=plan.seed, epoch=plan.epoch)
+            transform_seconds = 0.0 if pool is None else time.perf_counter() - was_read
+            yield _finished(plan, found, images, labels, was_read - started, transform_seconds)
+            started = time.perf_counter()
+
+
+async def gather(split: MemorySplit, plan: Plan, shares: Iterable[Share]) -> AsyncGenerator[AssembledBatch, None]:
+    """
+    Do what :func:`assemble` does for a split in memory whose images go out as they are, all of them at once.
+
+    The images of a batch are valid until the next one is asked for: they are gathered in the same memory every time,
+    as fresh memory costs more than the samples that are copied into it.
+    """
+    gathered = np.empty((min(plan.batch_size, split.num_samples), *split.image_shape), np.uint8)
+    started = time.perf_counter()
+    for found in _looked_up(split, plan, shares):
+        images, labels = split.gather(found.indices, gathered)
+        yield _finished(plan, found, images, labels, time.perf_counter() - started, 0.0)
         started = time.perf_counter()
-        # Readers are not asked for nothing.
-        stored, labels = await split.read(indices) if indices.size else empty
-        images: NDArray[Any] = stored
-        was_read = time.perf_counter()
-        if pool is not None and indices.size:
-            images = await pool.apply(transform, stored, indices, seed=plan.seed, epoch=plan.epoch)
-        read_seconds, transform_seconds = lookup_seconds + was_read - started, time.perf_counter() - was_read
-        yield _finished(plan, share, indices, images, labels, read_seconds, transform_seconds)
 
 
 def closing(plan: Plan, position: int) -> AssembledBatch:
     """Make the empty batch that tells a reader to go on at ``position`` elsewhere."""
     share = Share(position, position, position, position, end_of_epoch=False)
     nothing = np.empty(0, np.uint8)
-    return _finished(plan, share, np.empty(0, np.int64), nothing, nothing, 0.0, 0.0)
+    return _finished(plan, _Found(share, np.empty(0, np.int64), None), nothing, nothing, 0.0, 0.0)
 
 
 def max_samples(split: Split, transform: Transform, max_message_bytes: int) -> int:
@@ -128,40 +153,75 @@ async def ahead(items: AsyncGenerator[Item, None], count: int) -> AsyncGenerator
         await asyncio.wait((making,))
 
 
-def _looked_up(split: Split, plan: Plan, shares: Iterable[Share]) -> Iterator[tuple[Share, NDArray[np.int64], float]]:
-    """Yield each share with the indices of its samples and the seconds it took to find them."""
+async def _read(split: Split, looked_up: Iterator["_Found"]) -> AsyncGenerator[tuple["_Found", Samples], None]:
+    """Yield each share with its samples; where reading takes more than memory, those after it are on their way."""
+    empty = np.empty((0, *split.image_shape), np.uint8), np.empty(0, np.uint8)
+    if not isinstance(split, ShardedSplit) or split.allowance is None:
+        for found in looked_up:
+            # Readers are not asked for nothing.
+            yield found, await split.read(found.indices) if found.indices.size else empty
+        return
+
+    async def read(found: _Found, ahead_bytes: int) -> Samples:
+        return await split.read(found.indices, ahead_bytes=ahead_bytes) if found.indices.size else empty
+
+    def size_of(found: _Found) -> int:
+        return _READ_BYTES + found.indices.size * (split.sample_bytes + _WANTED_BYTES)
+
+    reads = read_ahead(looked_up, read, size_of=size_of, allowance=split.allowance)
+    async with aclosing(reads):
+        async for read_one in reads:
+            yield read_one
+
+
+class _Found(NamedTuple):
+    """A share with the indices of its samples."""
+
+    share: Share
+    indices: NDArray[np.int64]
+    packed: NDArray[np.uint8] | None
+
+
+def _looked_up(split: Split, plan: Plan, shares: Iterable[Share]) -> Iterator[_Found]:
     order = Order(split.num_samples, fingerprint=split.fingerprint, seed=plan.seed, epoch=plan.epoch)
     shares = iter(shares)
     block_length = max(1, _BLOCK_POSITIONS // plan.batch_size)
     while block := list(itertools.islice(shares, block_length)):
-        started = time.perf_counter()
         positions = np.concatenate([np.arange(share.first, share.last) for share in block])
         indices = order.indices(positions)
-        seconds = (time.perf_counter() - started) / len(block)
-        taken = 0
+        packed = wire.pack_indices(indices)
+        first = 0
         for share in block:
-            size = share.last - share.first
-            yield share, indices[taken : taken + size], seconds
-            taken += size
+            last = first + share.last - share.first
+            yield _Found(share, indices[first:last], None if packed is None else packed[first:last])
+            first = last
 
 
 def _finished(
     plan: Plan,
-    share: Share,
-    indices: NDArray[np.int64],
+    found: _Found,
     images: NDArray[Any],
     labels: NDArray[Any],
     read_seconds: float,
     transform_seconds: float,
 ) -> AssembledBatch:
-    unsigned = indices.astype(np.uint64)
+    share, indices, packed = found
     crc = batch_checksum(
         plan,
         position=share.position,
         next_position=share.next_position,
-        indices=unsigned,
+        indices=indices,
         images=images,
         labels=labels,
     )
-    ready_at = time.perf_counter()
-    return AssembledBatch(share, unsigned, images, labels, crc, read_seconds, transform_seconds, ready_at)
+    return AssembledBatch(
+        share,
+        indices,
+        packed,
+        images,
+        labels,
+        crc,
+        read_seconds,
+        transform_seconds,
+        time.perf_counter(),
+    )

@@ -21,7 +21,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -29,11 +29,24 @@ from threading import Lock
 from streamer.atomic import filling
 from streamer.tally import Tally
 
+BLOCKS_FOLDER = "blocks"
+"""Within Sluice's cache, for what comes from object storage."""
+
 _USAGE_NAME = ".usage"
 # Bytes in all files, and whether someone was interrupted in changing it.
 _USAGE = struct.Struct("<q?")
 _UNFINISHED = ".part"
 _NAME_LENGTH = 64
+
+
+def shown_bytes(folder: Path) -> int:
+    """Return the bytes of all files of a cache, by the books and without waiting for anyone; 0 where there is none."""
+    try:
+        books = (folder / _USAGE_NAME).read_bytes()
+    except OSError:
+        return 0
+    used, _ = _USAGE.unpack_from(books.ljust(_USAGE.size, b"\0"))
+    return int(used)
 
 
 class Room(enum.Enum):
@@ -167,13 +180,17 @@ class BlockCache:
         self._candidates = deque(sorted(found))
         return used
 
-    def _make_room(self, usage: "_Usage", size: int) -> bool:
+    def _make_room(
+        self, usage: "_Usage", size: int, *, spared: Set[str] = frozenset(), fresh_seconds: float = 0.0
+    ) -> bool:
         """Remove blocks until ``size`` bytes fit; return whether they do."""
+        used_before = time.time_ns() - int(fresh_seconds * 1e9) if fresh_seconds else None
         fits_at_all = size + _USAGE.size <= self.max_bytes
         for is_last_look in (False, True):
             while fits_at_all and usage.bytes + size > self.max_bytes and self._candidates:
                 last_used, name = self._candidates.popleft()
-                self._evict(usage, name, last_used)
+                if name not in spared and (used_before is None or last_used < used_before):
+                    self._evict(usage, name, last_used)
             if not fits_at_all or usage.bytes + size <= self.max_bytes:
                 return fits_at_all
             if not is_last_look:
@@ -202,13 +219,19 @@ class Reservation:
         cache: Where the block is to be kept.
         key: Its SHA-256.
         size: Its bytes.
+        spared: Blocks that are not removed for it.
+        fresh_seconds: Blocks used within this time are not removed for it either.
     """
 
-    def __init__(self, cache: BlockCache, key: str, size: int) -> None:
+    def __init__(
+        self, cache: BlockCache, key: str, size: int, *, spared: Set[str] = frozenset(), fresh_seconds: float = 0.0
+    ) -> None:
         self._cache = cache
         self._key = key
         self._size = size
         self._unfinished = cache.folder / f"{key}{_UNFINISHED}"
+        self._spared = spared
+        self._fresh_seconds = fresh_seconds
         self._descriptor: int | None = None
 
     def take(self) -> Room:
@@ -227,7 +250,7 @@ class Reservation:
                     return Room.BUSY
                 os.unlink(self._unfinished)
                 usage.bytes -= left
-            if not self._cache._make_room(usage, self._size):
+            if not self._cache._make_room(usage, self._size, spared=self._spared, fresh_seconds=self._fresh_seconds):
                 return Room.NONE
             descriptor = os.open(self._unfinished, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             self._descriptor = descriptor
@@ -254,13 +277,12 @@ class Reservation:
         written = 0
         while written < self._size:
             written += os.pwrite(self._descriptor, content[written:], written)
-        os.fsync(self._descriptor)
         # To the nanosecond; the kernel's own times go in steps of milliseconds.
         _touch(self._descriptor)
         with self._cache._changing():
             # Before it has its name, or its first readers would find it locked.
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-            # The folder is not synced: a block that is lost with the power is downloaded again.
+            # Nothing is synced: a block that is lost with the power is found by its checksum, and downloaded again.
             os.rename(self._unfinished, self._cache.folder / self._key)
             os.close(self._descriptor)
             self._descriptor = None

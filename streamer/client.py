@@ -10,22 +10,24 @@ The async client of the streamer, and a bridge from it to a plain ``for`` loop.
 
 import asyncio
 import itertools
-import queue
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from operator import attrgetter
 from types import TracebackType
 from typing import Self, TypeVar
 
 import structlog
 
-from streamer.errors import ReaderError, RefusedError, SampleCorruptError, UnreachableError
+from streamer import forking
+from streamer.bridge import Bridge
+from streamer.errors import RefusedError, SampleCorruptError, UnreachableError
 from streamer.plan import Plan, Remainder
 from streamer.replica import Batch, BrokenError, DatasetInfo, Replica, SplitInfo
 from streamer.retry import Retry
 from streamer.spreading import Spreading
+from streamer.stalls import StallReport, Stalls
 
 __all__ = [
     "Batch",
@@ -90,6 +92,8 @@ class SampleClient:
         self._address = ", ".join(replica.address for replica in self._replicas)
 
     async def __aenter__(self) -> Self:
+        forking.watch()
+        forking.check()
         for each in self._replicas:
             each.open()
         return self
@@ -143,6 +147,27 @@ class SampleClient:
         except BrokenError as error:
             raise UnreachableError(self._address, str(error)) from error
 
+    async def split(self, plan: Plan) -> SplitInfo:
+        """
+        Describe the split that a plan reads.
+
+        Raises:
+            RefusedError: There is none of that name.
+            UnreachableError: Nothing answers, for longer than :class:`Retry` allows for a first batch.
+        """
+        deadline = time.monotonic() + self._retry.first_batch_seconds
+        was_refused = False
+        for attempts in itertools.count(1):
+            try:
+                return await self._ask(lambda replica: replica.split_info(plan))
+            except (BrokenError, RefusedError) as error:
+                # As below: it counts when it comes again.
+                if isinstance(error, RefusedError) and was_refused:
+                    raise
+                was_refused = isinstance(error, RefusedError)
+                await self._pause(error, attempts, deadline, 0)
+        raise AssertionError("the count has no end")
+
     async def batches(
         self, plan: Plan, *, start_position: int = 0, end_position: int = 0
     ) -> AsyncGenerator[Batch, None]:
@@ -168,7 +193,7 @@ class SampleClient:
         """
         if 0 < end_position <= start_position:
             return
-        info = await self._split_info(plan)
+        info = await self.split(plan)
         plan = replace(plan, fingerprint=plan.fingerprint or info.fingerprint)
         if len(self._replicas) == 1:
             batches = self._read_one(plan, info, start_position, end_position)
@@ -193,29 +218,25 @@ class SampleClient:
         """Read from the only replica, with a new call whenever one breaks."""
         (replica,) = self._replicas
         attempts, deadline = 0, time.monotonic() + self._retry.first_batch_seconds
+        was_refused = False
         while True:
             try:
                 async with aclosing(replica.read(plan, info, cursor, end_position)) as stream:
                     async for batch in stream:
-                        attempts, cursor = 0, batch.next_position
+                        attempts, cursor, was_refused = 0, batch.next_position, False
                         if len(batch.labels):
                             yield batch
                         deadline = time.monotonic() + self._retry.next_batch_seconds
                 return
-            except (BrokenError, SampleCorruptError) as error:
+            except (BrokenError, SampleCorruptError, RefusedError) as error:
+                # One bit makes a good request one that is refused: a refusal counts when it comes again.
+                if isinstance(error, RefusedError) and was_refused:
+                    raise
+                was_refused = isinstance(error, RefusedError)
                 if 0 < end_position <= cursor:
                     return
                 attempts += 1
                 await self._pause(error, attempts, deadline, cursor)
-
-    async def _split_info(self, plan: Plan) -> SplitInfo:
-        deadline = time.monotonic() + self._retry.first_batch_seconds
-        for attempts in itertools.count(1):
-            try:
-                return await self._ask(lambda replica: replica.split_info(plan))
-            except BrokenError as error:
-                await self._pause(error, attempts, deadline, 0)
-        raise AssertionError("the count has no end")
 
     async def _ask(self, question: Callable[[Replica], Awaitable[Answer]]) -> Answer:
         """
@@ -244,12 +265,18 @@ class SampleClient:
         """Wait for another attempt, unless there were enough of them."""
         remaining = deadline - time.monotonic()
         if attempts >= self._retry.max_attempts or remaining <= 0:
-            if isinstance(error, SampleCorruptError):
+            if not isinstance(error, BrokenError):
                 raise error
             raise UnreachableError(self._address, f"{error} ({attempts} attempts)") from error
         delay = min(remaining, self._retry.delay_seconds(attempts + 1))
         log.warning("stream broke", address=self._address, cursor=cursor, problem=str(error), retry_in=round(delay, 2))
-        await asyncio.sleep(delay)
+        pausing = [asyncio.create_task(each.pause(delay)) for each in self._replicas]
+        try:
+            await asyncio.wait(pausing, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in pausing:
+                each.cancel()
+            await asyncio.wait(pausing)
 
 
 class BatchReader:
@@ -269,6 +296,7 @@ class BatchReader:
         address: ``host:port`` of the streamer, or several, separated by commas.
         plan: The order and this rank's share of it.
         start_position: The cursor to go on from.
+        end_position: Only global batches that begin before it; 0 means to the end of the epoch.
         prefetch_batches: At least 1.
         retry: What to do about streams that break.
     """
@@ -279,6 +307,7 @@ class BatchReader:
         plan: Plan,
         *,
         start_position: int = 0,
+        end_position: int = 0,
         prefetch_batches: int = 8,
         retry: Retry | None = None,
     ) -> None:
@@ -287,19 +316,23 @@ class BatchReader:
         self._client = SampleClient(address, retry=retry)
         self._plan = plan
         self._start_position = start_position
-        self._prefetch_batches = prefetch_batches
-        self._arrived: queue.SimpleQueue[Batch | BaseException | None] = queue.SimpleQueue()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._room: asyncio.Semaphore | None = None
-        self._started = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._waited_seconds = 0.0
+        self._end_position = end_position
+        self._bridge = Bridge(self._read, ahead=prefetch_batches)
+        self._stalls = Stalls()
 
     @property
     def waited_seconds(self) -> float:
         """Time the loop has spent waiting for batches so far."""
-        return self._waited_seconds
+        return self.report().waited_seconds
+
+    def report(self, *, cpus: int | None = None) -> StallReport:
+        """
+        Say what the loop has waited for so far.
+
+        Args:
+            cpus: What the streamers have for transforms, if known: then the advice is a number of CPUs.
+        """
+        return self._stalls.report(cpus=cpus)
 
     def __enter__(self) -> Self:
         return self
@@ -316,67 +349,14 @@ class BatchReader:
         Raises:
             StreamerError: What :meth:`SampleClient.batches` raises.
         """
-        if self._thread is not None:
-            raise ReaderError("a BatchReader is read once: make another one for another pass")
-        # Daemon: an interpreter that dies in the middle must not wait for it.
-        self._thread = threading.Thread(target=self._run, name="sluice-batch-reader", daemon=True)
-        self._thread.start()
-        return self._take()
+        return self._stalls.watch(iter(self._bridge), attrgetter("timings"))
 
     def close(self) -> None:
         """End the call and the thread; harmless when done already."""
-        if self._thread is None or not self._thread.is_alive():
-            return
-        self._started.wait()
-        if self._task is not None:
-            self._tell(self._task.cancel)
-        self._thread.join()
+        self._bridge.close()
 
-    def _take(self) -> Iterator[Batch]:
-        try:
-            while True:
-                started = time.perf_counter()
-                item = self._arrived.get()
-                self._waited_seconds += time.perf_counter() - started
-                if item is None:
-                    return
-                if isinstance(item, BaseException):
-                    raise item
-                assert self._room is not None
-                self._tell(self._room.release)
-                yield item
-        finally:
-            self.close()
-
-    def _tell(self, what: Callable[[], object]) -> None:
-        assert self._loop is not None
-        # Closed already: the thread has read all there was.
-        with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(what)
-
-    def _run(self) -> None:
-        end: BaseException | None = None
-        try:
-            asyncio.run(self._pump())
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            end = error
-        finally:
-            self._started.set()
-            self._arrived.put(end)
-
-    async def _pump(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._room = asyncio.Semaphore(self._prefetch_batches)
-        self._started.set()
-        async with self._client as client:
-            stream = client.batches(self._plan, start_position=self._start_position)
-            try:
-                await self._room.acquire()
-                async for batch in stream:
-                    self._arrived.put(batch)
-                    await self._room.acquire()
-            finally:
-                await stream.aclose()
+    async def _read(self) -> AsyncGenerator[Batch, None]:
+        batches = self._client.batches(self._plan, start_position=self._start_position, end_position=self._end_position)
+        async with self._client, aclosing(batches):
+            async for batch in batches:
+                yield batch

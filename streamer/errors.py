@@ -126,6 +126,15 @@ class InvalidPlanError(PlanError):
         super().__init__(f"{field}: {problem}")
 
 
+class DamagedRequestError(PlanError):
+    """A request is not the one that its reader sent."""
+
+    def __init__(self, *, sent: str, found: str) -> None:
+        super().__init__(
+            f"request: CRC-32C is {found}, its reader says {sent[:16]!r}: it was damaged on its way; send it again"
+        )
+
+
 class PositionError(PlanError):
     """A stream was asked for beyond its end."""
 
@@ -180,6 +189,10 @@ class GoingAwayError(PlanError):
 
 class TransformPoolError(StreamerError):
     """The processes that transform samples are gone, or do not start or answer."""
+
+
+class WorkerError(StreamerError):
+    """The processes that serve together do not start."""
 
 
 class ReaderError(StreamerError):

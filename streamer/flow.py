@@ -17,7 +17,7 @@ class Credit:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._balance = 0
-        self._was_granted = False
+        self._first_grant = 0
 
     @property
     def balance(self) -> int:
@@ -27,7 +27,12 @@ class Credit:
     @property
     def was_granted(self) -> bool:
         """Whether there was a grant: before the first one nothing is sent, however small."""
-        return self._was_granted
+        return self._first_grant > 0
+
+    @property
+    def unacknowledged(self) -> int:
+        """Sent, and not granted again since: the first grant is a reader's window, each later one says what it took."""
+        return max(0, self._first_grant - self._balance)
 
     @property
     def lets_send(self) -> bool:
@@ -49,7 +54,7 @@ class Credit:
                 f"{num_bytes} on top of the {self._balance} left; a balance of at most {self._max_bytes} is allowed",
             )
         self._balance += num_bytes
-        self._was_granted = True
+        self._first_grant = self._first_grant or num_bytes
 
     def spend(self, num_bytes: int) -> None:
         """Take a batch off the balance; 0 for one that only closes the stream."""

@@ -4,8 +4,10 @@ import asyncio
 import ipaddress
 import os
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,17 @@ _CONNECT_SECONDS = 5.0
 _ATTEMPT_SECONDS = 30.0
 _SHORTEST_ATTEMPT_SECONDS = 0.05
 _REFUSALS = (PermissionDeniedError, UnauthenticatedError)
+# What obstore has no exception for comes as text.
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+_RANGE_NOT_SATISFIABLE = 416
+# Statuses of 4xx that may pass; S3 also says 400 where a request took too long to arrive.
+_PASSING = {408, 425, 429}
+_TOO_SLOW = "RequestTimeout"
+# Where a machine in a cloud is asked who it is: one that is none lets two requests go unanswered.
+_METADATA = re.compile(r"/latest/(api/token|meta-data)")
+_MOST_METADATA_FAILURES = 2
+
+Report = Callable[[str], None]
 
 Answer = TypeVar("Answer")
 
@@ -44,22 +57,29 @@ class ObjectStore:
     bucket that anyone may read.
 
     A failure that may pass is tried again after a random pause of up to 0.1, 0.2, 0.4 ... 5 seconds (M. Brooker,
-    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: full jitter).
+    "Exponential Backoff And Jitter", AWS Architecture Blog, 2015: full jitter), or as soon as a server that was away
+    answers another request.
 
     Args:
         url: ``s3://bucket`` or ``s3://bucket/prefix``.
         deadline_seconds: After which an answer is no longer waited for, all attempts together.
         tally: Counts answers and retries.
+        report: Told in plain sentences what is waited for.
 
     Raises:
         StorageError: The URL or the environment makes no sense.
     """
 
-    def __init__(self, url: str, *, deadline_seconds: float = 60.0, tally: Tally) -> None:
+    def __init__(
+        self, url: str, *, deadline_seconds: float = 60.0, tally: Tally, report: Report = lambda line: None
+    ) -> None:
         bucket, _, prefix = url.removeprefix(SCHEME).rstrip("/").partition("/")
         self.url = f"{SCHEME}{bucket}/{prefix}".rstrip("/")
         self._deadline_seconds = deadline_seconds
         self._tally = tally
+        self._report = report
+        # Replaced each time it is set.
+        self._answered = asyncio.Event()
         if not url.startswith(SCHEME) or not bucket:
             raise StorageError(url, "not of the form s3://bucket/prefix", is_refusal=True)
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -73,6 +93,8 @@ class ObjectStore:
             )
         except (BaseError, ValueError, UnknownConfigurationKeyError) as error:
             raise StorageError(url, _first_line(error), is_refusal=True) from error
+        if _lacks_credentials():
+            report(f"{url}: AWS_ACCESS_KEY_ID is not set; asking this machine's cloud for credentials, if it has one")
 
     def url_of(self, key: str) -> str:
         """Return the full URL of an object."""
@@ -99,7 +121,12 @@ class ObjectStore:
         """Return ``size`` bytes of an object, or fewer where it ends before; errors as for :meth:`read`."""
 
         async def get() -> memoryview:
-            return memoryview(await obstore.get_range_async(self._store, key, start=first_byte, length=size))
+            try:
+                return memoryview(await obstore.get_range_async(self._store, key, start=first_byte, length=size))
+            except BaseError as error:
+                if _status(error) == _RANGE_NOT_SATISFIABLE:
+                    return memoryview(b"")
+                raise
 
         content = await self._persist(self.url_of(key), get)
         self._tally.add(fetched_objects=1, fetched_bytes=len(content))
@@ -115,25 +142,58 @@ class ObjectStore:
 
     async def _persist(self, place: str, attempt: Callable[[], Awaitable[Answer]]) -> Answer:
         ends_at = time.monotonic() + self._deadline_seconds
-        for pause in _pauses():
+        for number, pause in enumerate(_pauses(), 1):
             try:
                 async with asyncio.timeout(min(_ATTEMPT_SECONDS, ends_at - time.monotonic())):
-                    return await attempt()
+                    answer = await attempt()
+                self._answered.set()
+                self._answered = asyncio.Event()
+                return answer
             except FileNotFoundError as error:
                 missing = "bucket" if "NoSuchBucket" in str(error) else "object"
                 raise NoObjectError(place, f"no such {missing}") from error
-            except _REFUSALS as error:
-                problem = f"access denied: {_first_line(error)}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                raise StorageError(place, problem, is_refusal=True) from error
             except (BaseError, TimeoutError, OSError) as error:
+                if (problem := _refusal(error, number)) is not None:
+                    raise StorageError(place, problem, is_refusal=True) from error
                 left = ends_at - time.monotonic()
                 if left < _SHORTEST_ATTEMPT_SECONDS:
                     problem = f"no answer in {self._deadline_seconds:g} s: {_first_line(error)}{_hint()}"
                     raise StorageError(place, problem) from error
+                if number == 1:
+                    self._report(f"{place}: {_first_line(error)}; trying again for up to {left:.0f} s")
+                # A server that answers with an error is there, and wants to be left alone.
+                is_away = _status(error) is None
             self._tally.add(retries=1)
             # Half of what is left at most: the last pause is followed by an attempt.
-            await asyncio.sleep(min(pause, left / 2))
+            await self._pause(min(pause, left / 2), is_away=is_away)
         raise AssertionError("pauses never end")
+
+    async def _pause(self, seconds: float, *, is_away: bool) -> None:
+        """Wait; for a server that was away no longer than until another request is answered."""
+        if not is_away:
+            return await asyncio.sleep(seconds)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._answered.wait()
+            await asyncio.sleep(random.uniform(0, _FIRST_PAUSE_SECONDS))
+
+
+def _refusal(error: Exception, number: int) -> str | None:
+    """Say why asking again is of no use after this many attempts; None where it may be."""
+    if isinstance(error, _REFUSALS):
+        return f"access denied: {_first_line(error)}; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if number >= _MOST_METADATA_FAILURES and _METADATA.search(str(error)):
+        return f"no credentials: {_first_line(error)}{_hint()}"
+    status = _status(error)
+    if status is not None and 400 <= status < 500 and status not in _PASSING and _TOO_SLOW not in str(error):
+        return f"refused: {_first_line(error)}"
+    return None
+
+
+def _status(error: Exception) -> int | None:
+    """Return the status of HTTP that an error is about, if it is about one."""
+    found = _STATUS.search(str(error))
+    return int(found[1]) if found else None
 
 
 def _pauses() -> Iterator[float]:
@@ -164,8 +224,14 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def _lacks_credentials() -> bool:
+    # The latter two are other ways to come by them.
+    names = ("ACCESS_KEY_ID", "SKIP_SIGNATURE", "WEB_IDENTITY_TOKEN_FILE", "CONTAINER_CREDENTIALS_RELATIVE_URI")
+    return not any(os.environ.get(f"AWS_{name}") for name in names)
+
+
 def _hint() -> str:
-    if os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_SKIP_SIGNATURE"):
+    if not _lacks_credentials():
         return ""
     return "; AWS_ACCESS_KEY_ID is not set (AWS_SKIP_SIGNATURE=true reads a public bucket)"
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import enum
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from streamer import datasets, idx, source
-from streamer.cache import BlockCache
+from streamer.cache import BLOCKS_FOLDER, BlockCache
 from streamer.declarations import DECLARATIONS, IDX_NAMES
 from streamer.errors import DataError, NoObjectError
 from streamer.objects import SCHEME, ObjectStore
 from streamer.packing import Readable
+from streamer.readahead import Allowance
 from streamer.remote import RemoteRecords
 from streamer.shards import (
     INDEX_NAME,
@@ -47,8 +48,10 @@ class Reading:
     """Of blocks from object storage on the local disk, at most, at every moment."""
     memory_bytes: int = 1024**3
     """Data sets of up to this size are held in memory; larger ones stay where they are."""
-    max_downloads: int = 16
+    max_downloads: int = 64
     """At the same time, for each split."""
+    read_ahead_bytes: int = 64 * 1024**2
+    """Held by reads from object storage that are begun before they are wanted, for all streams of a data set."""
     deadline_seconds: float = 60.0
     """How long object storage may be out of reach before reading fails."""
     image_size: tuple[int, int] | None = None
@@ -99,6 +102,8 @@ async def open_dataset(name: str, place: str | None, reading: Reading, *, report
     if all(isinstance(split, MemorySplit) for split in splits.values()):
         await found.close()
         return Dataset(found.name, found.class_names, splits)
+    if found.cache is not None and (advice := _advice(found, splits.values())):
+        report(advice)
     return Dataset(found.name, found.class_names, splits, found.close)
 
 
@@ -108,7 +113,7 @@ async def find(name: str, place: str | None, reading: Reading, *, report: Report
     try:
         if place is None or not place.startswith(SCHEME):
             return await _find_here(name, None if place is None else Path(place), reading, threads, report)
-        return await _find_in_store(name, place, reading, threads)
+        return await _find_in_store(name, place, reading, threads, report)
     except BaseException:
         threads.shutdown(wait=False, cancel_futures=True)
         raise
@@ -177,26 +182,36 @@ async def _find_packed(name: str, folder: Path, reading: Reading, threads: Threa
     return Found(name, index.class_names, _sharded(index, records), str(folder), threads)
 
 
-async def _find_in_store(name: str, place: str, reading: Reading, threads: ThreadPoolExecutor) -> Found:
-    store = ObjectStore(place, deadline_seconds=reading.deadline_seconds, tally=reading.tally)
+async def _find_in_store(name: str, place: str, reading: Reading, threads: ThreadPoolExecutor, report: Report) -> Found:
+    store = ObjectStore(place, deadline_seconds=reading.deadline_seconds, tally=reading.tally, report=report)
     try:
         content = await store.read(INDEX_NAME)
     except NoObjectError:
         return await _find_idx(name, store.url, partial(_read_object, store), threads)
     index = await in_thread(threads, partial(parse_index, content, file=store.url_of(INDEX_NAME)))
-    make_cache = partial(BlockCache, reading.cache / "blocks", max_bytes=reading.cache_bytes, tally=reading.tally)
+    make_cache = partial(BlockCache, reading.cache / BLOCKS_FOLDER, max_bytes=reading.cache_bytes, tally=reading.tally)
     cache = await in_thread(threads, make_cache)
+    keys = frozenset(key for split in index.splits.values() for shard in split.shards for key in shard.blocks)
     records = {
         split.name: RemoteRecords(
-            store, split, cache, threads=threads, tally=reading.tally, max_downloads=reading.max_downloads
+            store,
+            split,
+            cache,
+            threads=threads,
+            tally=reading.tally,
+            max_downloads=reading.max_downloads,
+            spared=keys,
         )
         for split in index.splits.values()
     }
-    return Found(name, index.class_names, _sharded(index, records), store.url, threads, cache)
+    splits = _sharded(index, records, Allowance(reading.read_ahead_bytes))
+    return Found(name, index.class_names, splits, store.url, threads, cache)
 
 
-def _sharded(index: PackedIndex, records: Mapping[str, RecordSource]) -> Mapping[str, ShardedSplit]:
-    return {name: ShardedSplit(split, records[name]) for name, split in index.splits.items()}
+def _sharded(
+    index: PackedIndex, records: Mapping[str, RecordSource], allowance: Allowance | None = None
+) -> Mapping[str, ShardedSplit]:
+    return {name: ShardedSplit(split, records[name], allowance) for name, split in index.splits.items()}
 
 
 async def _find_idx(
@@ -295,6 +310,26 @@ async def _settle(found: Found, reading: Reading) -> Mapping[str, Split]:
                 remedy=f"pack them: `sluice data pack {found.where} FOLDER`",
             )
     return splits
+
+
+def _advice(found: Found, splits: Iterable[Split]) -> str:
+    """Tell what it costs that a data set in object storage is larger than the cache; empty where it is not."""
+    assert found.cache is not None
+    limit = found.cache.max_bytes
+    stored = sum(split.stored_bytes for split in splits if isinstance(split, ShardedSplit))
+    if stored <= limit:
+        return ""
+    return (
+        f"{found.where}: the cache of {limit / 1e6:,.0f} MB has room for {limit / stored:.0%} of "
+        f"{stored / 1e6:,.0f} MB; each epoch fetches the rest again, in a request for nearly every sample of it: "
+        f"SLUICE_STREAMER_CACHE_BYTES={_round_up(stored)} keeps all of it"
+    )
+
+
+def _round_up(size: int) -> int:
+    """Return the next multiple of 100 MB, with which the cache's own books fit in too."""
+    step = 100 * 10**6
+    return (size // step + 1) * step
 
 
 def _sample_bytes(split: Readable) -> int:

@@ -2,13 +2,15 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Mapping
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
@@ -17,9 +19,11 @@ from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.address import is_loopback
 from streamer import wire
-from streamer.checksum import batch_checksum
-from streamer.errors import DataChangedError, ReaderError, RefusedError, SampleCorruptError
+from streamer.checksum import REQUEST_CHECKSUM, batch_checksum, request_checksum
+from streamer.errors import DataChangedError, PositionError, ReaderError, RefusedError, SampleCorruptError
+from streamer.order import Share, shares
 from streamer.plan import Plan, Remainder
+from streamer.stalls import Timings
 
 _UNARY_SECONDS = 10.0
 # A streamer ends a call as soon as its reader half-closes; nobody waits longer for that.
@@ -83,6 +87,22 @@ class Batch:
     """Where to resume from once this batch is consumed."""
     end_of_epoch: bool
     """Nothing follows in this epoch."""
+    decode_seconds: float = field(default=0.0, repr=False)
+    """Spent on this batch here, decoding and checking it."""
+    _timings: pb.Timings | None = field(default=None, repr=False)
+
+    @property
+    def timings(self) -> Timings:
+        """Where its time went, on the streamer and here."""
+        told = self._timings
+        if told is None:
+            return Timings(decode_seconds=self.decode_seconds)
+        return Timings(
+            read_seconds=_seconds(told.read),
+            transform_seconds=_seconds(told.transform),
+            held_seconds=_seconds(told.wait),
+            decode_seconds=self.decode_seconds,
+        )
 
 
 class BrokenError(Exception):
@@ -96,6 +116,51 @@ class _Form:
     image_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     label_bytes: int
+    image_bytes: int = field(init=False)
+    label_type: np.dtype[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_bytes", math.prod(self.image_shape) * self.dtype.itemsize)
+        object.__setattr__(self, "label_type", np.dtype(f"<u{self.label_bytes}"))
+
+
+class _Watch:
+    """
+    Ends what waits for too long in one of its ``with`` blocks: one timer, as one for each message costs more.
+
+    The waiting task is cancelled, as asyncio.timeout does it: to cancel the call wakes no write to a peer that takes
+    connections and answers nothing.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._ran_out = False
+        self._since = 0.0
+        # Another one may ask for each batch; None while none is waited for.
+        self._task: asyncio.Task[Any] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def __enter__(self) -> None:
+        self._since, self._task = self._loop.time(), asyncio.current_task()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        task, self._task = self._task, None
+        # The caller's own cancellation goes before.
+        if self._ran_out and task is not None and task.uncancel() == 0:
+            raise BrokenError(f"no batch for {self._seconds:g} s") from error
+
+    def end(self) -> None:
+        """Cancel nothing any more."""
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        waited = 0.0 if self._task is None else self._loop.time() - self._since
+        if self._task is not None and waited >= self._seconds:
+            self._ran_out = True
+            self._task.cancel()
+        else:
+            self._timer = self._loop.call_later(self._seconds - waited, self._look)
 
 
 class Replica:
@@ -127,6 +192,21 @@ class Replica:
         if channel is not None:
             await channel.close()
 
+    async def pause(self, seconds: float) -> None:
+        """Wait before it is asked again; less where it was out of reach and is back sooner."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._returned()
+
+    async def _returned(self) -> None:
+        channel, was_away = self._open_channel(), False
+        while True:
+            state = channel.get_state(try_to_connect=True)
+            if was_away and state is grpc.ChannelConnectivity.READY:
+                return
+            was_away = was_away or state is grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            await channel.wait_for_state_change(state)
+
     async def datasets(self) -> list[DatasetInfo]:
         """
         List what it serves.
@@ -140,11 +220,30 @@ class Replica:
             answer = await stub.ListDatasets(pb.ListDatasetsRequest(), timeout=_UNARY_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
+        # What grpc.aio makes of an answer that cannot be parsed.
+        if answer is None:
+            raise BrokenError("an answer that cannot be read")
         return [_dataset_info(dataset) for dataset in answer.datasets]
 
     async def split_info(self, plan: Plan) -> SplitInfo:
-        """Return what it says of the plan's split; errors are those of :meth:`datasets`."""
-        datasets = {dataset.name: dataset for dataset in await self.datasets()}
+        """
+        Return what it says of the plan's split; errors are those of :meth:`datasets`.
+
+        Asked twice: this answer has no checksum, and an epoch is as long as it says.
+        """
+        channel = self._channel
+        try:
+            answers = await asyncio.gather(self.datasets(), self.datasets())
+            info, again = (self._info(plan, answer) for answer in answers)
+            if info != again:
+                raise BrokenError("two answers that differ")
+        except (BrokenError, RefusedError):
+            self._renew(channel)
+            raise
+        return info
+
+    def _info(self, plan: Plan, answer: list[DatasetInfo]) -> SplitInfo:
+        datasets = {dataset.name: dataset for dataset in answer}
         if plan.dataset not in datasets:
             known = ", ".join(sorted(datasets)) or "none"
             raise RefusedError(self.address, "NOT_FOUND", f"dataset: no {plan.dataset!r}; known are {known}")
@@ -193,60 +292,67 @@ class Replica:
             RefusedError: The plan or the position cannot be served.
         """
         # Answers are left as bytes: see wire.py.
-        pull: Any = self._open_channel().stream_stream(_PULL_BATCHES, pb.PullBatchesRequest.SerializeToString)
-        call, owed, cursor = pull(), 0, start_position
+        channel = self._open_channel()
+        pull: Any = channel.stream_stream(_PULL_BATCHES, pb.PullBatchesRequest.SerializeToString)
         # Told in the first message, as a transform may change them.
         form = _Form(info.image_shape, _DTYPES[pb.DATA_TYPE_UINT8], info.label_bytes)
         opening = pb.StreamBatchesRequest(
             plan=_plan_message(plan), start_position=start_position, end_position=end_position
         )
+        planned = _planned(plan, info, start_position, end_position)
+        call, owed, cursor = pull(metadata=_checksum_of(opening)), 0, start_position
+        watch = _Watch(self._stall_seconds)
         try:
-            await self._send(call, pb.PullBatchesRequest(open=opening))
-            await self._send(call, pb.PullBatchesRequest(grant_bytes=self._window_bytes))
+            await self._send(call, watch, pb.PullBatchesRequest(open=opening))
+            await self._send(call, watch, pb.PullBatchesRequest(grant_bytes=self._window_bytes))
             while True:
-                message, view = await self._receive(call, cursor)
-                form = self._form(message, form, cursor)
-                batch = self._checked(message, np.frombuffer(view, np.uint8), plan, cursor, form)
+                message, arrived_at = await self._receive(call, watch, cursor)
+                form = self._form(message.fields, form, cursor)
+                batch = self._checked(message, plan, cursor, form, arrived_at)
+                self._hold_against(next(planned, None), batch)
+                if batch.end_of_epoch or 0 < end_position <= batch.next_position:
+                    # Before the reader has its batch, so that nobody waits for the streamer's end of the call.
+                    await _half_close(call)
+                    yield batch
+                    await _hear_end(call)
+                    return
                 yield batch
                 cursor = batch.next_position
-                if batch.end_of_epoch or 0 < end_position <= cursor:
-                    await _say_goodbye(call)
-                    return
-                owed += len(view) + len(message.labels)
+                owed += len(message.images) + len(message.fields.labels)
                 if 2 * owed >= self._window_bytes:
-                    await self._send(call, pb.PullBatchesRequest(grant_bytes=owed))
+                    await self._send(call, watch, pb.PullBatchesRequest(grant_bytes=owed))
                     owed = 0
+        except (BrokenError, SampleCorruptError, RefusedError):
+            self._renew(channel)
+            raise
         finally:
+            watch.end()
             # An abandoned call is never cancelled by grpc.aio itself (grpc#43462).
             call.cancel()
 
-    async def _send(self, call: Any, request: pb.PullBatchesRequest) -> None:
+    async def _send(self, call: Any, watch: "_Watch", request: pb.PullBatchesRequest) -> None:
         # A call that has ended takes nothing; why it has is what reading tells.
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            await self._in_time(call.write(request))
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError), watch:
+            await call.write(request)
 
-    async def _receive(self, call: Any, cursor: int) -> tuple[pb.Batch, memoryview]:
+    async def _receive(self, call: Any, watch: "_Watch", cursor: int) -> tuple[wire.Message, float]:
         try:
-            data = await self._in_time(call.read())
+            with watch:
+                data = await call.read()
         except grpc.aio.AioRpcError as error:
             raise self._translated(error) from error
         if data is grpc.aio.EOF:
             raise BrokenError("the stream ended before the epoch did")
+        arrived_at = time.perf_counter()
         try:
-            message, view = wire.decode(data)
+            message = wire.decode(data)
         except DecodeError:
             self._refuse(cursor, "not a message that can be read")
-        if message.draining:
-            await _say_goodbye(call)
+        if message.fields.draining:
+            await _half_close(call)
+            await _hear_end(call)
             raise BrokenError("the replica is going away")
-        return message, view
-
-    async def _in_time(self, working: Any) -> Any:
-        try:
-            async with asyncio.timeout(self._stall_seconds):
-                return await working
-        except TimeoutError as error:
-            raise BrokenError(f"no batch for {self._stall_seconds:g} s") from error
+        return message, arrived_at
 
     def _form(self, message: pb.Batch, form: _Form, position: int) -> _Form:
         if not message.image_shape and not message.data_type:
@@ -256,33 +362,45 @@ class Replica:
         dtype = _DTYPES[message.data_type] if message.data_type else form.dtype
         return _Form(tuple(message.image_shape) or form.image_shape, dtype, form.label_bytes)
 
-    def _checked(self, message: pb.Batch, images: NDArray[np.uint8], plan: Plan, cursor: int, form: _Form) -> Batch:
-        labels = message.labels
-        indices = np.fromiter(message.indices, np.uint64, len(message.indices))
+    def _checked(self, message: wire.Message, plan: Plan, cursor: int, form: _Form, arrived_at: float) -> Batch:
+        fields, indices, images = message
+        labels, size = fields.labels, fields.num_samples
+        position, next_position = fields.position, fields.next_position
         crc = batch_checksum(
-            plan,
-            position=message.position,
-            next_position=message.next_position,
-            indices=indices,
-            images=images,
-            labels=labels,
+            plan, position=position, next_position=next_position, indices=indices, images=images, labels=labels
         )
-        if crc != message.crc32c:
-            self._refuse(cursor, f"CRC-32C is {crc:08x}, the message says {message.crc32c:08x}")
-        if message.position != cursor or message.next_position < cursor:
-            self._refuse(cursor, f"arrived as {message.position} to {message.next_position}")
-        size = message.num_samples
-        image_bytes = math.prod(form.image_shape) * form.dtype.itemsize
-        if len(indices) != size or len(images) != size * image_bytes or len(labels) != size * form.label_bytes:
+        if crc != fields.crc32c:
+            self._refuse(cursor, f"CRC-32C is {crc:08x}, the message says {fields.crc32c:08x}")
+        if position != cursor or next_position < cursor:
+            self._refuse(cursor, f"arrived as {position} to {next_position}")
+        if len(indices) != size or len(images) != size * form.image_bytes or len(labels) != size * form.label_bytes:
             self._refuse(cursor, f"{len(images)} bytes of images and {len(labels)} of labels for {size} samples")
         return Batch(
             images=images.view(form.dtype).reshape(size, *form.image_shape),
-            labels=np.frombuffer(labels, f"<u{form.label_bytes}").astype(np.int64),
-            indices=indices.astype(np.int64),
-            position=message.position,
-            next_position=message.next_position,
-            end_of_epoch=message.end_of_epoch,
+            labels=np.frombuffer(labels, form.label_type).astype(np.int64),
+            indices=indices.view(np.int64),
+            position=position,
+            next_position=next_position,
+            end_of_epoch=fields.end_of_epoch,
+            decode_seconds=time.perf_counter() - arrived_at,
+            _timings=fields.timings,
         )
+
+    def _hold_against(self, share: Share | None, batch: Batch) -> None:
+        """Refuse a batch that is not the plan's next: no checksum covers how long an epoch is, and how it is cut."""
+        if share is None:
+            self._refuse(batch.position, "nothing was to follow")
+        size = share.last - share.first
+        if (batch.next_position, len(batch.labels), batch.end_of_epoch) != (
+            share.next_position,
+            size,
+            share.end_of_epoch,
+        ):
+            self._refuse(
+                batch.position,
+                f"{_extent(len(batch.labels), batch.next_position, batch.end_of_epoch)}, "
+                f"where the plan has {_extent(size, share.next_position, share.end_of_epoch)}",
+            )
 
     def _refuse(self, position: int, problem: str) -> NoReturn:
         raise SampleCorruptError(self.address, position, problem)
@@ -294,18 +412,35 @@ class Replica:
         kind = DataChangedError if error.code() is grpc.StatusCode.FAILED_PRECONDITION else RefusedError
         return kind(self.address, error.code().name, _details(error))
 
+    def _renew(self, failed: grpc.aio.Channel | None) -> None:
+        """
+        Connect anew for what is asked from now on, as one damaged header can spoil all that follow on a connection.
+
+        Calls under way keep theirs, and with the last of them it goes.
+        """
+        if failed is not None and failed is self._channel:
+            self.open()
+
     def _open_channel(self) -> grpc.aio.Channel:
         if self._channel is None:
             raise ReaderError("SampleClient is closed: use it inside `async with SampleClient(...) as client`")
         return self._channel
 
 
-async def _say_goodbye(call: Any) -> None:
-    """Half-close and wait for the streamer's end, so that it counts the call as one that ended well."""
+async def _half_close(call: Any) -> None:
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await call.done_writing()
+
+
+async def _hear_end(call: Any) -> None:
+    """Wait for the streamer's end after a half-close, so that it counts the call as one that ended well."""
     with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError):
         async with asyncio.timeout(_GOODBYE_SECONDS):
-            await call.done_writing()
             await call.read()
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9
 
 
 def _details(error: grpc.aio.AioRpcError) -> str:
@@ -325,6 +460,20 @@ def _dataset_info(message: pb.Dataset) -> DatasetInfo:
         for split in message.splits
     }
     return DatasetInfo(name=message.name, splits=splits, class_names=tuple(message.class_names))
+
+
+def _planned(plan: Plan, info: SplitInfo, start_position: int, end_position: int) -> Iterator[Share]:
+    """Yield what has to come; nothing where the start lies past the end, which the streamer refuses."""
+    with suppress(PositionError):
+        yield from shares(plan, info.num_samples, start_position=start_position, end_position=end_position)
+
+
+def _extent(size: int, next_position: int, end_of_epoch: bool) -> str:
+    return f"{size} samples up to {next_position}" + (", the last ones" if end_of_epoch else "")
+
+
+def _checksum_of(opening: pb.StreamBatchesRequest) -> tuple[tuple[str, str], ...]:
+    return ((REQUEST_CHECKSUM, request_checksum(opening.SerializeToString(deterministic=True))),)
 
 
 def _plan_message(plan: Plan) -> pb.Plan:

@@ -1,7 +1,7 @@
 """The streamer's process: data into memory, services onto a port, a clean end."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
@@ -19,16 +19,18 @@ from rpc.health import MAX_WATCHERS, Health
 from rpc.interceptor import Guard
 from rpc.telemetry import Endpoint
 from streamer.metrics import StreamerMetrics
+from streamer.occupancy import Occupancy
 from streamer.places import Reading, open_dataset
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
 from streamer.split import Dataset, MemorySplit
+from streamer.tally import Tally
 from streamer.transforms.pool import TransformPool
 
 log = structlog.get_logger(__name__)
 
-_PORT_OPTION = "--port or SLUICE_STREAMER_PORT"
-_METRICS_PORT_OPTION = "--metrics-port or SLUICE_STREAMER_METRICS_PORT"
+PORT_OPTION = "--port or SLUICE_STREAMER_PORT"
+METRICS_PORT_OPTION = "--metrics-port or SLUICE_STREAMER_METRICS_PORT"
 _MNIST = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"]
 _SAMPLE = pb.DESCRIPTOR.services_by_name["SampleService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -53,32 +55,48 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         StreamerError: There is no usable data.
         PortTakenError: A port is taken; raised before any data is fetched.
     """
-    reading = Reading(
-        cache=settings.cache,
-        cache_bytes=settings.cache_bytes,
-        memory_bytes=settings.memory_bytes,
-        deadline_seconds=settings.storage_deadline_seconds,
-    )
-    server, datasets = StreamerServer(settings), []
+    reading = reading_of(settings)
+    server = StreamerServer(settings, tally=reading.tally)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(server.stop)
         server.bind()
-        for name, place in settings.places.items():
-            dataset = await _load(name, place, reading)
+        await run(server, (load(name, place, reading) for name, place in settings.places.items()), on_ready=on_ready)
+
+
+async def run(
+    server: "StreamerServer", loading: Iterable[Awaitable[Dataset]], *, on_ready: Callable[[str], None] | None = None
+) -> None:
+    """Serve data sets as :func:`serve` does; they are loaded one by one, and closed in the end."""
+    async with AsyncExitStack() as stack:
+        datasets = []
+        for each in loading:
+            dataset = await each
             stack.push_async_callback(dataset.close)
             datasets.append(dataset)
-        # Once more, as streams read from the data sets until they end.
+        # Before they are closed: streams read from them until they end.
         stack.push_async_callback(server.stop)
         await server.start(datasets)
-        log.info("serving", address=server.address, metrics=server.metrics_url)
         if on_ready is not None:
             on_ready(server.address)
         await lifecycle.run_until_signalled(
-            server.grpc_server, grace_seconds=settings.drain_seconds, on_drain=server.drain
+            server.grpc_server, grace_seconds=server.settings.drain_seconds, on_drain=server.drain
         )
 
 
-async def _load(name: str, place: str | None, reading: Reading) -> Dataset:
+def reading_of(settings: StreamerSettings) -> Reading:
+    """Return how data sets are read under these settings."""
+    return Reading(
+        cache=settings.cache,
+        cache_bytes=settings.cache_bytes,
+        memory_bytes=settings.memory_bytes,
+        max_downloads=settings.max_downloads,
+        read_ahead_bytes=settings.read_ahead_bytes,
+        deadline_seconds=settings.storage_deadline_seconds,
+    )
+
+
+async def load(name: str, place: str | None, reading: Reading) -> Dataset:
+    """Open a data set and say in the log what it holds; arguments and errors as of open_dataset."""
     dataset = await open_dataset(name, place, reading, report=lambda line: log.info("data", message=line))
     for split in dataset.splits.values():
         where = "memory" if isinstance(split, MemorySplit) else "place"
@@ -93,27 +111,41 @@ class StreamerServer:
     Args:
         settings: Where to listen, and limits.
         datasets: What to serve; may come with :meth:`start` instead.
+        tally: Of what they cost to read, for the metrics.
+        occupancy: Of this process among several on a port that is held for them; one of several shows its metrics to
+            those who ask :attr:`metrics`, and nowhere else. None: it serves by itself.
+
+    Attributes:
+        settings: As given.
+        metrics: What it counts.
     """
 
-    def __init__(self, settings: StreamerSettings, datasets: Sequence[Dataset] = ()) -> None:
-        self._settings = settings
+    def __init__(
+        self,
+        settings: StreamerSettings,
+        datasets: Sequence[Dataset] = (),
+        *,
+        tally: Tally | None = None,
+        occupancy: Occupancy | None = None,
+    ) -> None:
+        self.settings = settings
         self._datasets = datasets
+        self._occupancy = occupancy
         self._port: int | None = None
         self._endpoint: Endpoint | None = None
         self._health = Health(["", _MNIST.full_name, _SAMPLE.full_name])
-        self._metrics = StreamerMetrics([_MNIST, _SAMPLE], health=self._health, max_streams=settings.max_streams)
+        self.metrics = metrics_of(settings, self._health, tally or Tally())
         self._servicer: StreamerServicer | None = None
         self._pool: TransformPool | None = None
         self._starting = asyncio.Lock()
-        guard = Guard(self._metrics.methods, idle_seconds=settings.idle_seconds)
+        guard = Guard(self.metrics.methods, idle_seconds=settings.idle_seconds)
         self.grpc_server = grpc.aio.server(
             interceptors=[guard],
-            options=_options(settings),
+            options=_options(settings, is_worker=occupancy is not None),
             maximum_concurrent_rpcs=settings.max_streams + _SPARE_RPCS,
         )
 
     async def __aenter__(self) -> Self:
-        self.bind()
         await self.start(self._datasets)
         return self
 
@@ -126,7 +158,7 @@ class StreamerServer:
     def address(self) -> str:
         """``host:port`` to connect to; known once bound."""
         assert self._port is not None
-        return joined(self._settings.host, self._port)
+        return joined(self.settings.host, self._port)
 
     @property
     def metrics_url(self) -> str:
@@ -146,25 +178,37 @@ class StreamerServer:
         Raises:
             PortTakenError: Names the address and the option that changes it; no port is kept.
         """
-        host, settings = self._settings.host, self._settings
-        endpoint = Endpoint(self._metrics.registry, host, settings.metrics_port, option=_METRICS_PORT_OPTION)
+        host, settings = self.settings.host, self.settings
+        if self._occupancy is not None:
+            self._port = lifecycle.bind(self.grpc_server, host, settings.port, option=PORT_OPTION, is_reserved=True)
+            return
+        endpoint = Endpoint(self.metrics.registry, host, settings.metrics_port, option=METRICS_PORT_OPTION)
         try:
-            self._port = lifecycle.bind(self.grpc_server, host, settings.port, option=_PORT_OPTION)
+            self._port = lifecycle.bind(self.grpc_server, host, settings.port, option=PORT_OPTION)
         except BaseException:
             endpoint.close()
             raise
         self._endpoint = endpoint
 
     async def start(self, datasets: Sequence[Dataset]) -> None:
-        """Serve ``datasets``; when this returns readers can come."""
+        """
+        Serve ``datasets``; when this returns readers can come.
+
+        Raises:
+            PortTakenError: As of :meth:`bind`, which is done here where it was not before.
+        """
+        if self._port is None:
+            self.bind()
         by_name = {dataset.name: dataset for dataset in datasets}
-        self._servicer = StreamerServicer(self._settings, by_name, self._metrics, self._started_pool)
+        self._servicer = StreamerServicer(self.settings, by_name, self.metrics, self._started_pool, self._occupancy)
         self.grpc_server.add_generic_rpc_handlers(_services(self._servicer))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
         names = (*(each.full_name for each in (_MNIST, _SAMPLE, _HEALTH)), reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc_server)
         await self.grpc_server.start()
         self._health.report(True)
+        if self._endpoint is not None:
+            log.info("serving", address=self.address, metrics=self.metrics_url)
 
     def drain(self) -> None:
         """Tell orchestrators NOT_SERVING, and readers of batches to go on elsewhere."""
@@ -189,12 +233,15 @@ class StreamerServer:
         """Return the pool for transforms; a streamer that transforms nothing has no processes for it."""
         async with self._starting:
             if self._pool is None:
-                pool = TransformPool(
-                    self._settings.transform_workers, max_sample_bytes=self._settings.max_message_bytes
-                )
+                pool = TransformPool(self.settings.transform_workers, max_sample_bytes=self.settings.max_message_bytes)
                 await pool.start()
-                self._pool = pool
+                self._pool = self.metrics.pool = pool
             return self._pool
+
+
+def metrics_of(settings: StreamerSettings, health: Health, tally: Tally) -> StreamerMetrics:
+    """Make the metrics of a streamer's services; arguments as of :class:`StreamerMetrics`."""
+    return StreamerMetrics([_MNIST, _SAMPLE], health=health, settings=settings, tally=tally)
 
 
 def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:
@@ -227,10 +274,10 @@ def _services(servicer: StreamerServicer) -> tuple[grpc.GenericRpcHandler, ...]:
     )
 
 
-def _options(settings: StreamerSettings) -> list[tuple[str, int]]:
+def _options(settings: StreamerSettings, *, is_worker: bool) -> list[tuple[str, int]]:
     return [
-        # A second server on the same port has to fail, not to share it.
-        ("grpc.so_reuseport", 0),
+        # A second server on the same port has to fail, not to share it, unless it is meant to.
+        ("grpc.so_reuseport", int(is_worker)),
         ("grpc.max_receive_message_length", _MAX_REQUEST_BYTES),
         ("grpc.max_send_message_length", settings.max_message_bytes),
         ("grpc.server_handshake_timeout_ms", 5_000),

@@ -15,7 +15,9 @@ from protos import mnist_pb2
 from protos.streamer.v1 import sample_service_pb2 as pb
 from streamer import batches, wire
 from streamer.batches import AssembledBatch
+from streamer.checksum import REQUEST_CHECKSUM, request_checksum
 from streamer.errors import (
+    DamagedRequestError,
     DataError,
     FingerprintMismatchError,
     GoingAwayError,
@@ -31,6 +33,7 @@ from streamer.errors import (
 )
 from streamer.flow import Credit
 from streamer.metrics import Sending, StreamerMetrics
+from streamer.occupancy import Occupancy
 from streamer.order import Order, Share, check_plan, shares
 from streamer.plan import Plan, Remainder
 from streamer.session import Grants, hear_out, opening
@@ -49,6 +52,7 @@ _STATUS: Mapping[type[StreamerError], grpc.StatusCode] = {
     TooManyStreamsError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     IdleReaderError: grpc.StatusCode.ABORTED,
     GoingAwayError: grpc.StatusCode.UNAVAILABLE,
+    DamagedRequestError: grpc.StatusCode.DATA_LOSS,
     # Of a sample that was asked for well.
     DataError: grpc.StatusCode.DATA_LOSS,
     StorageError: grpc.StatusCode.UNAVAILABLE,
@@ -71,8 +75,9 @@ _DATA_TYPES = {
 _Message = tuple[int, bytes]
 """How many samples, and what goes out for them, already in wire format."""
 
-# Samples looked up at once for a stream of single ones.
-_BLOCK_SAMPLES = 4096
+# Samples looked up at once for a stream of single ones, and held for a reader that stops; finding them is little
+# beside sending them one by one.
+_BLOCK_SAMPLES = 256
 # Batches made before they are wanted, where that takes more than the event loop: they are what hides a slow disk.
 _NUM_AHEAD = 2
 
@@ -98,6 +103,7 @@ class StreamerServicer:
         datasets: What there is, by name.
         metrics: Told what goes out.
         pool: Returns the pool for transforms, started with the first call.
+        occupancy: Of this process among those that serve together; None: it serves by itself.
     """
 
     def __init__(
@@ -106,13 +112,14 @@ class StreamerServicer:
         datasets: Mapping[str, Dataset],
         metrics: StreamerMetrics,
         pool: Callable[[], Awaitable[TransformPool]],
+        occupancy: Occupancy | None = None,
     ) -> None:
         self._settings = settings
         self._datasets = datasets
         self._metrics = metrics
         metrics.add_datasets(datasets)
         self._pool = pool
-        self._active_streams = 0
+        self._occupancy = occupancy or Occupancy.alone()
         self._draining = asyncio.Event()
         # Of streams that may be waiting for credit.
         self._grants: set[Grants] = set()
@@ -120,7 +127,7 @@ class StreamerServicer:
     @property
     def active_streams(self) -> int:
         """Streams open right now."""
-        return self._active_streams
+        return self._occupancy.own
 
     def drain(self) -> None:
         """Let every stream of batches end with a closing message before its next batch."""
@@ -141,7 +148,9 @@ class StreamerServicer:
 
     def StreamBatches(self, request: pb.StreamBatchesRequest, context: Context) -> AsyncIterator[bytes]:
         """Stream one rank's batches as fast as HTTP/2 takes them."""
-        return self._stream(request.plan.dataset, lambda sending: self._batches(request, sending), context)
+        return self._stream(
+            request.plan.dataset, lambda sending: self._batches(request, sending), context, request=request
+        )
 
     async def PullBatches(
         self, requests: AsyncIterator[pb.PullBatchesRequest], context: Context
@@ -155,6 +164,7 @@ class StreamerServicer:
             request.plan.dataset,
             lambda sending: self._pulled(request, requests, sending),
             context,
+            request=request,
             before_refusal=lambda: hear_out(requests),
         )
         async with aclosing(messages) as each:
@@ -167,9 +177,12 @@ class StreamerServicer:
         messages: Callable[[Sending], AsyncGenerator[_Message, None]],
         context: Context,
         *,
+        request: pb.StreamBatchesRequest | None = None,
         before_refusal: Callable[[], Awaitable[None]] | None = None,
     ) -> AsyncGenerator[bytes, None]:
         try:
+            if request is not None:
+                _check_arrival(request, context)
             with self._place(), self._metrics.sending(dataset) as sending:
                 async with aclosing(messages(sending)) as each:
                     async for num_samples, message in each:
@@ -183,32 +196,34 @@ class StreamerServicer:
 
     @contextmanager
     def _place(self) -> Iterator[None]:
-        if self._active_streams >= self._settings.max_streams:
+        if self._occupancy.total >= self._settings.max_streams:
             raise TooManyStreamsError(self._settings.max_streams)
-        self._active_streams += 1
+        self._occupancy.add(1)
         try:
             yield
         finally:
-            self._active_streams -= 1
+            self._occupancy.add(-1)
 
     async def _batches(self, request: pb.StreamBatchesRequest, sending: Sending) -> AsyncGenerator[_Message, None]:
         reading = self._check(request)
-        is_first, offered_seconds = True, 0.0
+        writing, offered_seconds = _Writing(reading), 0.0
         async with aclosing(await self._assembled(reading)) as assembled:
             async for batch in assembled:
                 if self._draining.is_set():
-                    yield _going_away(reading, batch.share.position, is_first)
+                    yield 0, writing.farewell(batch.share.position)
                     return
-                message = _encode(batch, reading if is_first else None, offered_seconds)
+                sending.made(batch.read_seconds, batch.transform_seconds)
+                message = writing.message(batch, offered_seconds)
                 offered = time.perf_counter()
                 yield len(batch.indices), message
-                is_first, offered_seconds = False, time.perf_counter() - offered
+                offered_seconds = time.perf_counter() - offered
 
     async def _pulled(
         self, request: pb.StreamBatchesRequest, requests: AsyncIterator[pb.PullBatchesRequest], sending: Sending
     ) -> AsyncGenerator[_Message, None]:
         reading = self._check(request)
-        credit, is_first = Credit(self._settings.max_credit_bytes), True
+        writing, credit = _Writing(reading), Credit(self._settings.max_credit_bytes)
+        sending.credit = credit
         async with (
             aclosing(await self._assembled(reading)) as assembled,
             Grants(requests, credit, idle_seconds=self._settings.idle_seconds) as grants,
@@ -216,25 +231,25 @@ class StreamerServicer:
             with self._told_of_draining(grants):
                 try:
                     async for batch in assembled:
-                        sending.offer()
-                        await grants.wait()
-                        sending.count(0, 0)
+                        if not grants.let_send:
+                            sending.ask()
+                            await grants.wait()
+                            sending.go_on()
                         if grants.is_draining:
                             if not credit.was_granted:
                                 raise GoingAwayError
-                            yield _going_away(reading, batch.share.position, is_first)
-                            is_first = False
+                            yield 0, writing.farewell(batch.share.position)
                             break
                         if not credit.lets_send:
                             return  # half-closed, and all is spent
                         credit.spend(batch.payload_bytes)
-                        yield len(batch.indices), _encode(batch, reading if is_first else None)
-                        is_first = False
+                        sending.made(batch.read_seconds, batch.transform_seconds)
+                        yield len(batch.indices), writing.message(batch)
                 except StreamerError:
                     await grants.hear_out()
                     raise
                 # A grant must not meet a call that has ended: see PullBatches in the contract.
-                await (grants.hear_out() if is_first else grants.wait_closed())
+                await (grants.wait_closed() if writing.has_begun else grants.hear_out())
 
     @contextmanager
     def _told_of_draining(self, grants: Grants) -> Iterator[None]:
@@ -247,12 +262,12 @@ class StreamerServicer:
             self._grants.discard(grants)
 
     async def _assembled(self, reading: _Reading) -> AsyncGenerator[AssembledBatch, None]:
-        pool = None if reading.transform.is_identity else await self._pool()
-        assembled = batches.assemble(reading.split, reading.plan, reading.shares, reading.transform, pool)
-        if pool is None and isinstance(reading.split, MemorySplit):
+        split, plan, transform = reading.split, reading.plan, reading.transform
+        if transform.is_identity and isinstance(split, MemorySplit):
             # At once, and a task of its own would take as long.
-            return assembled
-        return batches.ahead(assembled, _NUM_AHEAD)
+            return batches.gather(split, plan, reading.shares)
+        pool = None if transform.is_identity else await self._pool()
+        return batches.ahead(batches.assemble(split, plan, reading.shares, transform, pool), _NUM_AHEAD)
 
     def _check(self, request: pb.StreamBatchesRequest) -> _Reading:
         plan = _plan_of(request.plan)
@@ -306,6 +321,17 @@ async def _refuse(context: Context, error: StreamerError) -> NoReturn:
     await context.abort(next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), str(error))
 
 
+def _check_arrival(request: pb.StreamBatchesRequest, context: Context) -> None:
+    """Refuse a request that is not what its reader sent, where that sent a checksum of it."""
+    metadata = context.invocation_metadata() or ()
+    sent = next((value for key, value in metadata if key == REQUEST_CHECKSUM), None)
+    if sent is None:
+        return
+    found = request_checksum(request.SerializeToString(deterministic=True))
+    if sent != found:
+        raise DamagedRequestError(sent=str(sent), found=found)
+
+
 def _plan_of(message: pb.Plan) -> Plan:
     if not message.dataset:
         raise InvalidPlanError("plan.dataset", "required; ListDatasets gives the names")
@@ -340,50 +366,56 @@ def _describe(dataset: Dataset) -> pb.Dataset:
     return pb.Dataset(name=dataset.name, splits=splits, class_names=dataset.class_names)
 
 
-def _going_away(reading: _Reading, position: int, is_first: bool) -> _Message:
-    batch = batches.closing(reading.plan, position)
-    return 0, _encode(batch, reading if is_first else None, is_draining=True)
-
-
-def _encode(
-    batch: AssembledBatch,
-    introduced: _Reading | None,
-    offered_seconds: float = 0.0,
-    *,
-    is_draining: bool = False,
-) -> bytes:
+class _Writing:
     """
-    Write a Batch in wire format.
+    Writes the batches of one stream in wire format.
 
-    Args:
-        batch: What goes out.
-        introduced: What it is part of, in the first message of a stream; shape and type of its images are told.
-        offered_seconds: How long the message before it waited to be taken.
-        is_draining: Whether this is the last word of a replica that goes away.
+    One message object serves all of them: making it anew takes longer than filling it.
+
+    Attributes:
+        has_begun: Whether there was a message; the first one tells shape and type of the images.
     """
-    share = batch.share
-    fields = pb.Batch(
-        position=share.position,
-        next_position=share.next_position,
-        num_samples=len(batch.indices),
-        labels=batch.labels.tobytes(),
-        indices=batch.indices.tolist(),
-        crc32c=batch.crc32c,
-        end_of_epoch=share.end_of_epoch,
-        timings=pb.Timings(
-            read=_duration(batch.read_seconds),
-            transform=_duration(batch.transform_seconds),
-            wait=_duration(max(offered_seconds, time.perf_counter() - batch.ready_at)),
-        ),
-        draining=is_draining,
-    )
-    if introduced is not None:
-        fields.image_shape.extend(introduced.transform.image_shape)
-        fields.data_type = _DATA_TYPES[introduced.transform.dtype]
-    return wire.encode(fields, batch.images.data)
+
+    def __init__(self, reading: _Reading) -> None:
+        self.has_begun = False
+        self._plan = reading.plan
+        self._fields = pb.Batch(
+            image_shape=reading.transform.image_shape, data_type=_DATA_TYPES[reading.transform.dtype]
+        )
+
+    def message(self, batch: AssembledBatch, offered_seconds: float = 0.0) -> bytes:
+        """
+        Return a batch as it goes out.
+
+        Args:
+            batch: Read before the next one is asked for.
+            offered_seconds: How long the message before it waited to be taken.
+        """
+        share, fields = batch.share, self._fields
+        fields.position = share.position
+        fields.next_position = share.next_position
+        fields.num_samples = len(batch.indices)
+        fields.labels = batch.labels.tobytes()
+        fields.crc32c = batch.crc32c
+        fields.end_of_epoch = share.end_of_epoch
+        timings = fields.timings
+        _set(timings.read, batch.read_seconds)
+        _set(timings.transform, batch.transform_seconds)
+        _set(timings.wait, max(offered_seconds, time.perf_counter() - batch.ready_at))
+        if batch.packed_indices is None:
+            fields.indices[:] = batch.indices.tolist()
+        message = wire.encode(fields, batch.packed_indices, batch.images.data)
+        if not self.has_begun:
+            self.has_begun = True
+            fields.ClearField("image_shape")
+            fields.ClearField("data_type")
+        return message
+
+    def farewell(self, position: int) -> bytes:
+        """Return the last word of a replica that goes away: go on at ``position`` elsewhere."""
+        self._fields.draining = True
+        return self.message(batches.closing(self._plan, position))
 
 
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(int(seconds * 1e9))
-    return duration
+def _set(duration: Duration, seconds: float) -> None:
+    duration.seconds, duration.nanos = divmod(int(seconds * 1e9), 1_000_000_000)

@@ -70,6 +70,11 @@ class Grants:
         self._task: asyncio.Task[None] | None = None
 
     @property
+    def let_send(self) -> bool:
+        """Whether a batch may go now; where not, or not any more, :meth:`wait` says why."""
+        return self._credit.lets_send and not self._is_draining and not self.is_closed
+
+    @property
     def is_draining(self) -> bool:
         """Whether the reader is to be sent away."""
         return self._is_draining

@@ -8,6 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from rpc.log import Level
 from rpc.settings import Settings, cache_folder
+from streamer.interpreter import num_cores
 
 
 class StreamerSettings(Settings):
@@ -26,6 +27,9 @@ class StreamerSettings(Settings):
     metrics_port: int = Field(9102, ge=0, le=65535)
     """Port of ``/metrics`` for Prometheus, on the same host; 0 for any free one."""
 
+    workers: int = Field(1, ge=0, le=256)
+    """Processes that serve; 0: one on each core. Several share the port and the data in memory, on Linux."""
+
     datasets: str = "mnist"
     """What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``."""
 
@@ -41,6 +45,15 @@ class StreamerSettings(Settings):
     memory_bytes: int = Field(1024**3, ge=0, le=1 << 60)
     """Data sets up to this size are held in memory; a larger packed one is read where it lies."""
 
+    max_downloads: int = Field(64, ge=1, le=4096)
+    """Requests to object storage at once for each split and worker; each holds a block (256 KiB) in memory."""
+
+    read_ahead_bytes: int = Field(64 * 1024**2, ge=0, le=1 << 40)
+    """
+    Most bytes that the streams of a data set, in each worker, hold of samples fetched from object storage before they
+    are wanted; 0 fetches nothing ahead.
+    """
+
     storage_deadline_seconds: float = Field(60.0, gt=0, le=3600)
     """How long object storage may be out of reach before a stream that needs it fails."""
 
@@ -51,7 +64,7 @@ class StreamerSettings(Settings):
     """Largest message sent, in bytes; a batch that would not fit is refused. Readers have to accept as much."""
 
     max_streams: int = Field(256, ge=1, le=100_000)
-    """Streams served at once; one more is refused. Each holds up to four batches, and what HTTP/2 has on its way."""
+    """Streams served at once, by all workers; one more is refused. Each holds up to four batches, beside HTTP/2's."""
 
     max_credit_bytes: int = Field(1024**3, ge=1, le=1 << 50)
     """Most bytes of images and labels that one reader of PullBatches may have granted and not been sent."""
@@ -60,7 +73,7 @@ class StreamerSettings(Settings):
     """How long a stream waits for a reader that takes nothing, or grants nothing, before it is ended."""
 
     transform_workers: int | None = Field(None, ge=0, le=1024)
-    """Processes for transforms, started with the first one; None: one on each core, 0: a thread of the streamer."""
+    """Processes for transforms, of all workers; None: one on each core, 0: threads. Started with the first one."""
 
     drain_seconds: float = Field(10.0, ge=0, le=3600)
     """How long streams may go on after the first signal; readers of batches are told at once to go elsewhere."""
@@ -77,6 +90,11 @@ class StreamerSettings(Settings):
         if len(set(names)) < len(names):
             raise ValueError("has to name each data set once")
         return value
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that serve, 1 or more."""
+        return self.workers or num_cores()
 
     @property
     def places(self) -> dict[str, str | None]:

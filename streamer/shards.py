@@ -41,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import DataError, DataLossError
+from streamer.readahead import Allowance
 from streamer.split import Samples, label_type
 from streamer.tally import Tally
 
@@ -135,6 +136,11 @@ class PackedSplit:
         first_byte = within * self.block_bytes
         size = min(self.block_bytes, shard.num_samples * self.record_bytes - first_byte)
         return Block(file=shard.file, first_byte=first_byte, size=size, sha256=shard.blocks[within])
+
+    def first_index(self, number: int) -> int:
+        """Return the sample that a block begins with."""
+        shard_number, within = divmod(number, self.shard_blocks)
+        return shard_number * self.shard_samples + within * self.block_samples
 
     def place_of(self, index: int) -> tuple[Shard, int]:
         """Return the shard of a sample and the first byte of its record there."""
@@ -292,17 +298,27 @@ def _checksums(split: PackedSplit, records: Records) -> NDArray[np.uint32]:
 class RecordSource(Protocol):
     """Where the records of a split lie."""
 
-    async def read(self, indices: NDArray[np.int64]) -> Samples:
-        """Do as :meth:`streamer.split.Split.read` does."""
+    async def read(self, indices: NDArray[np.int64], *, ahead_bytes: int = 0) -> Samples:
+        """
+        Do as :meth:`streamer.split.Split.read` does.
 
-    async def prefetch(self, indices: NDArray[np.int64]) -> None:
-        """Bring samples nearer that will be read soon, in this order; safe to cancel."""
+        Args:
+            indices: As there.
+            ahead_bytes: What the same reader wants before these samples.
+        """
 
 
 class ShardedSplit:
-    """A packed split that stays where it is; every read checks what it brings."""
+    """
+    A packed split that stays where it is; every read checks what it brings.
 
-    def __init__(self, split: PackedSplit, records: RecordSource) -> None:
+    Args:
+        split: From the index.
+        records: Where its records lie.
+        allowance: For reads that are begun before they are wanted; None where that gains nothing.
+    """
+
+    def __init__(self, split: PackedSplit, records: RecordSource, allowance: Allowance | None = None) -> None:
         self.name = split.name
         self.num_samples = split.num_samples
         self.image_shape = split.image_shape
@@ -310,8 +326,9 @@ class ShardedSplit:
         self.label_bytes = split.label_bytes
         self.fingerprint = split.fingerprint
         self.sample_bytes = split.sample_bytes
+        self.stored_bytes = split.num_samples * split.record_bytes
         self.read = records.read
-        self.prefetch = records.prefetch
+        self.allowance = allowance
 
 
 class FolderRecords:
@@ -337,12 +354,9 @@ class FolderRecords:
         self._lock = Lock()
         self._mapped: OrderedDict[int, Records] = OrderedDict()
 
-    async def read(self, indices: NDArray[np.int64]) -> Samples:
-        """Read and check samples, in a thread."""
+    async def read(self, indices: NDArray[np.int64], *, ahead_bytes: int = 0) -> Samples:
+        """Read and check samples, in a thread; what is read ahead needs no turn."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, indices)
-
-    async def prefetch(self, indices: NDArray[np.int64]) -> None:
-        """Do nothing: the kernel reads ahead."""
 
     def check_sizes(self) -> None:
         """

@@ -87,20 +87,22 @@ class MemorySplit:
         images: uint8, shape (N, ...), C-contiguous.
         labels: Shape (N,), of the type that :func:`label_type` gives, each in ``range(num_classes)``.
         num_classes: One more than the largest label allowed.
+        fingerprint: Where it is known already; else it is taken, which reads every sample.
     """
 
     name: str
     images: NDArray[np.uint8]
     labels: NDArray[Any]
     num_classes: int
-    fingerprint: bytes = field(init=False)
+    fingerprint: bytes = b""
 
     def __post_init__(self) -> None:
         self.images.flags.writeable = False
         self.labels.flags.writeable = False
-        fingerprint = Fingerprint(self.images.shape)
-        fingerprint.add(self.images, self.labels)
-        object.__setattr__(self, "fingerprint", fingerprint.digest())
+        if not self.fingerprint:
+            fingerprint = Fingerprint(self.images.shape)
+            fingerprint.add(self.images, self.labels)
+            object.__setattr__(self, "fingerprint", fingerprint.digest())
 
     @property
     def num_samples(self) -> int:
@@ -125,6 +127,19 @@ class MemorySplit:
     async def read(self, indices: NDArray[np.int64]) -> Samples:
         """Return samples at once, without giving way to anyone: a batch takes microseconds."""
         return np.take(self.images, indices, axis=0), np.take(self.labels, indices)
+
+    def gather(self, indices: NDArray[np.int64], gathered: NDArray[np.uint8]) -> Samples:
+        """
+        Return the same, with the images in the first elements of ``gathered``.
+
+        Args:
+            indices: Shape (N,), each in ``range(num_samples)``; this is not checked.
+            gathered: Shape (M, ...) with M >= N, C-contiguous.
+        """
+        images = gathered[: len(indices)]
+        # Clipping is what makes NumPy write in place: its check of the indices has it write elsewhere first.
+        self.images.take(indices, axis=0, out=images, mode="clip")
+        return images, self.labels.take(indices)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

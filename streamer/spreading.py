@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from streamer.errors import DataChangedError, RefusedError, SampleCorruptError, UnreachableError
+from streamer.errors import RefusedError, SampleCorruptError, UnreachableError
 from streamer.plan import Plan, Remainder
 from streamer.replica import Batch, BrokenError, Replica, SplitInfo
 from streamer.retry import Retry
@@ -79,6 +79,8 @@ class Spreading:
         self._changed = asyncio.Event()
         self._late: _Range | None = None
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        # One bit makes a good request one that is refused: a refusal counts when it comes again.
+        self._doubted: set[Replica] = set()
         self._num_failures = 0
         self._problem: Exception = BrokenError("no answer")
         self._deadline = time.monotonic() + retry.first_batch_seconds
@@ -207,8 +209,9 @@ class Spreading:
         error = BrokenError("slower than another replica") if reading.cancelled() else reading.exception()
         self._tell()
         if error is None:
+            self._doubted.discard(replica)
             return 0
-        if isinstance(error, DataChangedError | RefusedError) and getattr(error, "status", "") != "RESOURCE_EXHAUSTED":
+        if isinstance(error, RefusedError) and error.status != "RESOURCE_EXHAUSTED" and replica in self._doubted:
             if replica in self._replicas:
                 self._replicas.remove(replica)
                 log.warning("replica left out", address=replica.address, problem=str(error))
@@ -218,11 +221,13 @@ class Spreading:
             self._replicas.clear()
             self._problem = error if isinstance(error, Exception) else BrokenError(str(error))
             return failures
+        if isinstance(error, RefusedError):
+            self._doubted.add(replica)
         if not reading.cancelled():
             self._num_failures += 1
             self._problem = error
             log.warning("stream broke", address=replica.address, cursor=wanted.cursor, problem=str(error))
-        await asyncio.sleep(self._retry.delay_seconds(failures + 2))
+        await replica.pause(self._retry.delay_seconds(failures + 2))
         return failures + 1
 
 

@@ -15,7 +15,7 @@ class Counts:
     evictions: int = 0
     """Blocks removed to make room."""
     uncached: int = 0
-    """Blocks used without being kept: no room beside what is being read, or the disk refused."""
+    """Fetched without being kept, whole blocks or parts: nothing could make room for them, or the disk refused."""
     fetched_objects: int = 0
     """Answers from the object storage, whole objects or ranges of them."""
     fetched_bytes: int = 0

@@ -1,82 +1,131 @@
 """
-``Batch`` in wire format without copying its pixels, which protobuf would do up to three times.
+``Batch`` in wire format without copying its pixels and without a Python object for each index.
 
 Fields may stand in any order and a message may be joined from parts (last one wins, repeated fields add up:
-https://protobuf.dev/programming-guides/encoding/). So the pixels are written last, behind what protobuf writes of all
-other fields, and where they stand last they are read in place.
+https://protobuf.dev/programming-guides/encoding/). So pixels and indices are written first, before what protobuf writes
+of all other fields, and where they stand first they are read in place. Indices are written as varints of four bytes
+each, longer than most have to be and as valid: whole arrays are turned into them and back at once. What was written in
+another way is left to protobuf.
 """
 
+from typing import Any, NamedTuple
+
+import numpy as np
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from protos.streamer.v1 import sample_service_pb2 as pb
 
+# Tags of one byte: field number, and that a length follows.
 _IMAGES = pb.Batch.IMAGES_FIELD_NUMBER << 3 | 2
+_INDICES = pb.Batch.INDICES_FIELD_NUMBER << 3 | 2
 
-_MAX_VARINT_BITS = 63
-# Low three bits of a tag.
-_VARINT, _FIXED64, _DELIMITED, _FIXED32 = 0, 1, 2, 5
+_MAX_VARINT_BYTES = 10
+
+_WIDTH = 4
+_MAX_WIDE = 1 << 7 * _WIDTH
+# Of four bytes, as one little-endian number: all but the last say that another follows.
+_MARKS, _MARKED = np.uint32(0x80808080), np.uint32(0x00808080)
+# A product of floats is one call for all of them and exact below 2**53; the marks, worth the same in each, are taken
+# off at the end.
+_PLACES = np.array([1.0, 1 << 7, 1 << 14, 1 << 21])
+_MARKS_WORTH = float(0x80 * (1 + (1 << 7) + (1 << 14)))
+
+_NOTHING = np.empty(0, np.uint64)
 
 
-def encode(fields: pb.Batch, images: memoryview) -> bytes:
-    """Return the message with all of ``fields``, which has no images, and these; they are copied once."""
-    if not images.nbytes:
-        return fields.SerializeToString()
-    return b"".join((fields.SerializeToString(), bytes((_IMAGES,)), _varint(images.nbytes), images))
+class Message(NamedTuple):
+    """A Batch that was read."""
+
+    fields: pb.Batch
+    """All but images and indices."""
+    indices: NDArray[np.uint64]
+    images: NDArray[np.uint8]
+    """Their bytes, in the message or in a copy; read-only."""
 
 
-def decode(data: bytes) -> tuple[pb.Batch, memoryview]:
+def pack_indices(indices: NDArray[np.int64]) -> NDArray[np.uint8] | None:
+    """Return each index as a varint of four bytes, shape (N, 4); None where one needs more."""
+    if indices.size and indices.max() >= _MAX_WIDE:
+        return None
+    wide = indices.astype("<u4")
+    marked = wide & 0x7F | (wide << 1) & 0x7F00 | (wide << 2) & 0x7F0000 | (wide << 3) & 0x7F000000 | _MARKED
+    return marked.view(np.uint8).reshape(-1, _WIDTH)
+
+
+def encode(fields: pb.Batch, packed_indices: NDArray[np.uint8] | None, images: memoryview) -> bytes:
     """
-    Return a message's fields but for the images, and those as a view into ``data``, or into a copy.
+    Return the message; the pixels are copied once.
+
+    Args:
+        fields: All but the images, and but the indices where those are packed.
+        packed_indices: By :func:`pack_indices`, C-contiguous.
+        images: C-contiguous.
+    """
+    parts: list[Any] = []
+    if images.nbytes:
+        parts += (_IMAGES.to_bytes(), _varint(images.nbytes), images)
+    if packed_indices is not None and packed_indices.size:
+        parts += (_INDICES.to_bytes(), _varint(packed_indices.size), packed_indices.data)
+    parts.append(fields.SerializeToString())
+    return b"".join(parts)
+
+
+def decode(data: bytes) -> Message:
+    """
+    Read a message.
 
     Raises:
         google.protobuf.message.DecodeError: Not a Batch.
     """
-    start = _start_of_trailing_images(data)
-    if start is not None:
-        tag_start, images_start = start
-        fields, images = pb.Batch.FromString(data[:tag_start]), memoryview(data)[images_start:]
-    else:
-        fields = pb.Batch.FromString(data)
-        images = memoryview(fields.images)
-    fields.ClearField("images")
-    return fields, images
+    images = indices = None
+    start, end = _content(data, 0, _IMAGES)
+    if start:
+        images = np.frombuffer(data, np.uint8, end - start, start)
+    rest = end
+    start, end = _content(data, rest, _INDICES)
+    if start:
+        indices = _unpacked(data, start, end)
+    if indices is not None:
+        rest = end
+    fields = pb.Batch.FromString(data[rest:])
+    if fields.indices or indices is None:
+        indices = np.concatenate((_NOTHING if indices is None else indices, np.array(fields.indices, np.uint64)))
+        fields.ClearField("indices")
+    if fields.images or images is None:
+        images = np.frombuffer(fields.images, np.uint8)
+        fields.ClearField("images")
+    return Message(fields, indices, images)
 
 
-def _start_of_trailing_images(data: bytes) -> tuple[int, int] | None:
-    """Return where the tag of the images and their first byte stand, None unless they end the message."""
-    place, end = 0, len(data)
-    try:
-        while place < end:
-            tag_start = place
-            tag, place = _read_varint(data, place)
-            kind = tag & 7
-            if kind == _DELIMITED:
-                size, place = _read_varint(data, place)
-                if tag == _IMAGES and place + size == end:
-                    return tag_start, place
-                place += size
-            elif kind == _VARINT:
-                _, place = _read_varint(data, place)
-            elif kind in (_FIXED32, _FIXED64):
-                place += 4 if kind == _FIXED32 else 8
-            else:
-                return None
-    except IndexError:
-        raise DecodeError("truncated message") from None
-    return None
+def _content(data: bytes, place: int, tag: int) -> tuple[int, int]:
+    """Return where the content of a field begins and ends that stands at ``place``; 0 and ``place`` for another one."""
+    if data[place : place + 1] != tag.to_bytes():
+        return 0, place
+    size, start = _read_varint(data, place + 1)
+    if start + size > len(data):
+        raise DecodeError("truncated message")
+    return start, start + size
+
+
+def _unpacked(data: bytes, start: int, end: int) -> NDArray[np.uint64] | None:
+    """Read varints of four bytes each, None where they are others."""
+    if (end - start) % _WIDTH:
+        return None
+    packed = np.frombuffer(data, np.uint8, end - start, start).reshape(-1, _WIDTH)
+    if ((packed.view("<u4") & _MARKS) != _MARKED).any():
+        return None
+    indices: NDArray[np.uint64] = (packed.dot(_PLACES) - _MARKS_WORTH).astype(np.uint64)
+    return indices
 
 
 def _read_varint(data: bytes, place: int) -> tuple[int, int]:
-    byte = data[place]
-    value, shift = byte & 0x7F, 7
-    while byte & 0x80:
-        if shift > _MAX_VARINT_BITS:
-            raise DecodeError("a number of more than 10 bytes")
-        place += 1
-        byte = data[place]
-        value |= (byte & 0x7F) << shift
-        shift += 7
-    return value, place + 1
+    value = 0
+    for count, byte in enumerate(data[place : place + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * count
+        if byte < 0x80:
+            return value, place + count + 1
+    raise DecodeError("a number without end")
 
 
 def _varint(value: int) -> bytes:

@@ -5,8 +5,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +34,8 @@ class State(BaseModel):
     """The streamer's cursor: position in that epoch's order after the last step."""
     fingerprint: str
     """Hex digest of the training data, as the streamer gives it."""
+    data: dict[str, Any] = Field(default_factory=dict)
+    """What ``StreamedDataset.load_state`` takes to go on behind the last step."""
 
 
 @dataclass(frozen=True, slots=True)

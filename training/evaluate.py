@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from streamer.client import Batch
+from streamer.loading import TensorBatch
 from training.loop import images_of
 from training.model import Network
 
@@ -26,7 +26,7 @@ class Evaluation:
     """[K, K] counts: rows are true classes, columns predicted ones."""
 
 
-def evaluate(network: Network, batches: Iterable[Batch], *, num_classes: int) -> Evaluation:
+def evaluate(network: Network, batches: Iterable[TensorBatch], *, num_classes: int) -> Evaluation:
     """
     Return the measures of ``network``, in float32 and evaluation mode, over all ``batches``.
 
@@ -39,10 +39,10 @@ def evaluate(network: Network, batches: Iterable[Batch], *, num_classes: int) ->
     loss_sum = 0.0
     with torch.inference_mode():
         for batch in batches:
-            logits_NK = network(images_of(batch, device))
-            label_N = torch.tensor(batch.labels, device=device)
-            loss_sum += F.cross_entropy(logits_NK, label_N, reduction="sum").item()
-            np.add.at(confusion, (batch.labels, logits_NK.argmax(dim=1).cpu().numpy()), 1)
+            here = batch.to(device)
+            logits_NK = network(images_of(here))
+            loss_sum += F.cross_entropy(logits_NK, here.labels, reduction="sum").item()
+            np.add.at(confusion, (batch.labels.numpy(), logits_NK.argmax(dim=1).cpu().numpy()), 1)
     num_samples = int(confusion.sum())
     if num_samples == 0:
         raise ValueError("nothing to evaluate: the split holds no sample")

@@ -1,7 +1,7 @@
 """A training run from the stream to a published version."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,7 +9,9 @@ from typing import Protocol
 
 import torch
 
-from streamer.client import Batch, BatchReader, DatasetInfo, Plan, SampleClient, SplitInfo
+from streamer.client import DatasetInfo, Plan, SampleClient, SplitInfo
+from streamer.loading import StreamedDataset, TensorBatch
+from streamer.stalls import StallReport
 from training import checkpoint
 from training.config import DataConfig, TrainConfig
 from training.errors import TrainingError
@@ -44,9 +46,13 @@ class Result:
     evaluation: Evaluation
     folder: Path
     """Holds the checkpoint, the whole config in it."""
+    stalls: StallReport
+    """What the training has waited for."""
 
 
-def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observer) -> Result:
+def train(
+    config: TrainConfig, *, repository: Path, runs: Path, observer: Observer, ledger: Path | None = None
+) -> Result:
     """
     Train on the stream, evaluate on the test split, save a checkpoint, publish the next version.
 
@@ -57,6 +63,7 @@ def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observ
         repository: Triton's model repository.
         runs: A folder for this run is made in here.
         observer: Told about progress.
+        ledger: A file that proves what was trained on, for ``sluice stream verify``; a run goes on in it.
 
     Raises:
         TrainingError: Named by cause.
@@ -71,24 +78,28 @@ def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observ
     _check_shape(dataset)
     network = Network(train_split.num_classes, dropout=config.dropout).to(device)
     observer.started(config, train_split, device)
-    last = fit(
-        network,
-        config,
-        lambda epoch: _read(config, "train", epoch),
-        num_samples=train_split.num_samples,
-        on_step=lambda step: observer.stepped(step, train_split.num_samples),
-    )
-    evaluation = evaluate(network, _read(config, "test", None), num_classes=test_split.num_classes)
+    reading = _Reading(config, train_split, ledger)
+    with reading.dataset:
+        last = fit(
+            network,
+            config,
+            reading.epoch,
+            num_samples=train_split.num_samples,
+            on_step=lambda step: observer.stepped(step, train_split.num_samples),
+        )
+        with reading.dataset.committing(reading.last, step=last.number):
+            state = checkpoint.State(
+                config=config,
+                num_classes=train_split.num_classes,
+                step=last.number,
+                epoch=last.epoch,
+                position=last.position,
+                fingerprint=train_split.fingerprint.hex(),
+                data=reading.dataset.state(),
+            )
+            checkpoint.save(folder / "checkpoint", network, state)
+    evaluation = evaluate(network, _test_batches(config, test_split), num_classes=test_split.num_classes)
     observer.evaluated(evaluation)
-    state = checkpoint.State(
-        config=config,
-        num_classes=train_split.num_classes,
-        step=last.number,
-        epoch=last.epoch,
-        position=last.position,
-        fingerprint=train_split.fingerprint.hex(),
-    )
-    checkpoint.save(folder / "checkpoint", network, state)
     card = publish(
         network,
         repository,
@@ -99,7 +110,7 @@ def train(config: TrainConfig, *, repository: Path, runs: Path, observer: Observ
             name=dataset.name, num_train=train_split.num_samples, fingerprint=train_split.fingerprint.hex()
         ),
     )
-    return Result(card=card, last=last, evaluation=evaluation, folder=folder)
+    return Result(card=card, last=last, evaluation=evaluation, folder=folder, stalls=reading.dataset.report())
 
 
 async def _describe(config: DataConfig) -> DatasetInfo:
@@ -123,17 +134,35 @@ def _check_shape(dataset: DatasetInfo) -> None:
             )
 
 
-def _read(config: TrainConfig, split: str, epoch: int | None) -> Iterable[Batch]:
-    """Read one pass: shuffled by the run's seed for an epoch, in file order for none."""
+class _Reading:
+    """The training split, pass by pass, and the last batch that a step was taken with."""
+
+    def __init__(self, config: TrainConfig, split: SplitInfo, ledger: Path | None) -> None:
+        plan = Plan(
+            dataset=config.data.dataset,
+            split=split.name,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            fingerprint=split.fingerprint,
+        )
+        self.dataset = StreamedDataset(
+            config.data.streamer, plan, ledger=ledger, step=0, prefetch_batches=config.data.prefetch_batches
+        )
+        self.last: TensorBatch
+
+    def epoch(self, epoch: int) -> Iterator[TensorBatch]:
+        self.dataset.set_epoch(epoch)
+        for batch in self.dataset:
+            yield batch
+            self.last = batch
+
+
+def _test_batches(config: TrainConfig, split: SplitInfo) -> StreamedDataset:
+    """Return the test split in file order."""
     plan = Plan(
-        dataset=config.data.dataset,
-        split=split,
-        seed=None if epoch is None else config.seed,
-        epoch=epoch or 0,
-        batch_size=_EVALUATION_BATCH_SIZE if epoch is None else config.data.batch_size,
+        dataset=config.data.dataset, split=split.name, batch_size=_EVALUATION_BATCH_SIZE, fingerprint=split.fingerprint
     )
-    with BatchReader(config.data.streamer, plan, prefetch_batches=config.data.prefetch_batches) as batches:
-        yield from batches
+    return StreamedDataset(config.data.streamer, plan, prefetch_batches=config.data.prefetch_batches)
 
 
 def _run_folder(runs: Path, config: TrainConfig) -> Path:

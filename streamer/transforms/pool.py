@@ -22,6 +22,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from streamer import interpreter
 from streamer.errors import TransformError, TransformPoolError
 from streamer.transforms.transform import Transform
 from streamer.transforms.worker import Layout
@@ -71,7 +72,7 @@ class TransformPool:
         max_sample_bytes: int = 64 * 1024**2,
         timeout_seconds: float = 60.0,
     ) -> None:
-        count = _cores() if workers is None else workers
+        count = interpreter.num_cores() if workers is None else workers
         self._memory_bytes = max(_PART_BYTES, max_sample_bytes)
         self._workers = [_Worker(modules, self._memory_bytes, timeout_seconds) for _ in range(count)]
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
@@ -85,6 +86,11 @@ class TransformPool:
     def busy(self) -> int:
         """Processes at work."""
         return len(self._exchanges)
+
+    @property
+    def num_workers(self) -> int:
+        """Processes there are, at work or not."""
+        return len(self._workers)
 
     @property
     def restarts(self) -> int:
@@ -343,13 +349,10 @@ class _Worker:
 
 
 def _spawn(arguments: list[str], descriptors: Sequence[int]) -> subprocess.Popen[bytes]:
-    # Not multiprocessing: it would run the caller's main module again, leave its processes behind when this one is
-    # killed, and refuse where this one is itself a worker. Found where this process found it; in a group of its own,
-    # so that Ctrl-C in a terminal reaches this process alone.
-    path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path)
+    # In a group of its own, so that Ctrl-C in a terminal reaches this process alone.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "streamer.transforms.worker", *arguments],
-        env={**_ENVIRONMENT, **os.environ, "PYTHONPATH": path},
+        interpreter.command("streamer.transforms.worker", *arguments),
+        env={**_ENVIRONMENT, **interpreter.environment()},
         stdin=subprocess.DEVNULL,
         pass_fds=descriptors,
         process_group=0,
@@ -367,7 +370,3 @@ def _anonymous_file() -> IO[bytes]:
     if sys.platform == "linux":
         return open(os.memfd_create("sluice-transforms"), "r+b", buffering=0)
     return tempfile.TemporaryFile()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
