@@ -3,11 +3,12 @@ from __future__ import annotations  # grpc's classes are generic in their stubs 
 import asyncio
 import os
 import signal
+import socket
 
 import grpc
 import pytest
 
-from rpc.lifecycle import PortTakenError, bind, run_until_signalled
+from rpc.lifecycle import PortTakenError, bind, listen, reserve, run_until_signalled
 
 
 class Slow:
@@ -74,3 +75,46 @@ async def test_taken_port_is_named_with_the_option() -> None:
     finally:
         await other.stop(0)
         await server.stop(0)
+
+
+def test_reserved_port_is_shared_by_those_meant_to_and_taken_for_all_others() -> None:
+    with reserve("127.0.0.1", 0, option="--port") as reserved:
+        port = reserved.getsockname()[1]
+        for _ in range(2):
+            with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port"):
+                reserve("127.0.0.1", port, option="--port").close()
+        with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port"):
+            listen("127.0.0.1", port, option="--port").close()
+
+
+async def test_servers_share_a_reserved_port_and_take_all_its_connections() -> None:
+    with reserve("127.0.0.1", 0, option="--port") as reserved:
+        port = reserved.getsockname()[1]
+        servers = [grpc.aio.server(options=[("grpc.so_reuseport", 1)]) for _ in range(2)]
+        try:
+            for server in servers:
+                assert bind(server, "127.0.0.1", port, option="--port", is_reserved=True) == port
+                await server.start()
+            for _ in range(20):
+                async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    await channel.channel_ready()
+        finally:
+            for server in servers:
+                await server.stop(0)
+
+
+def test_port_is_reserved_while_connections_of_a_server_before_run_out() -> None:
+    with listen("127.0.0.1", 0, option="--port") as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as reader:
+            # Who closes first keeps the connection for a minute.
+            before.accept()[0].close()
+            assert reader.recv(1) == b""
+    reserve("127.0.0.1", port, option="--port").close()
+
+
+def test_taken_port_is_not_reserved() -> None:
+    with listen("127.0.0.1", 0, option="--port") as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port"):
+            reserve("127.0.0.1", port, option="--port").close()

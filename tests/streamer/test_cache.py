@@ -204,7 +204,7 @@ def test_full_disk_leaves_nothing_behind(cache: BlockCache, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(OSError, match="No space"):
         room.publish(memoryview(content))
     room.release()

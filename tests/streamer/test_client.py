@@ -146,19 +146,22 @@ async def test_stream_that_breaks_is_continued_and_nothing_comes_twice(
     assert num_calls == 6, "16 batches, 3 a stream"
 
 
-async def test_damaged_batch_is_read_again(server: StreamerServer, dataset: MemoryDataset) -> None:
-    def flip_a_pixel(call: int, number: int, raw: bytes) -> bytes:
-        # Wire format puts the pixels last.
-        return raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:] if (call, number) == (1, 5) else raw
+def flipped(raw: bytes) -> bytes:
+    """Flip a pixel; the streamer writes them first."""
+    return raw[:100] + bytes([raw[100] ^ 1]) + raw[101:]
 
-    batches, num_calls = await broken_at(server, flip_a_pixel)
+
+async def test_damaged_batch_is_read_again(server: StreamerServer, dataset: MemoryDataset) -> None:
+    batches, num_calls = await broken_at(
+        server, lambda call, number, raw: flipped(raw) if (call, number) == (1, 5) else raw
+    )
     assert_whole(batches, dataset)
     assert num_calls == 2
 
 
 async def test_batch_damaged_every_time_is_an_error_that_names_its_position(server: StreamerServer) -> None:
     with pytest.raises(SampleCorruptError, match="batch at position 64: CRC-32C") as caught:
-        await broken_at(server, lambda call, number, raw: raw[:-1] + b"?" if call > 1 or number == 1 else raw)
+        await broken_at(server, lambda call, number, raw: flipped(raw) if call > 1 or number == 1 else raw)
 
     assert caught.value.position == 64
 
@@ -400,13 +403,12 @@ def catch(work: Callable[[], None]) -> BaseException | None:
 async def test_reader_holds_no_more_than_it_may_prefetch(server: StreamerServer) -> None:
     def work() -> int:
         with BatchReader(server.address, Plan(dataset="mnist", batch_size=1), prefetch_batches=3) as reader:
-            batches = iter(reader)
-            next(batches)
+            iter(reader)
             # Arrivals wake only who takes them; the assertion below fails on one too few or too many.
             deadline = time.monotonic() + 10
-            while reader._arrived.qsize() < 3 and time.monotonic() < deadline:
+            while reader._bridge._arrived.qsize() < 3 and time.monotonic() < deadline:
                 time.sleep(0.001)
-            return reader._arrived.qsize()
+            return reader._bridge._arrived.qsize()
 
     assert await asyncio.to_thread(work) == 3
 

@@ -1,20 +1,31 @@
+import asyncio
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.lifecycle import PortTakenError
-from streamer.metrics import Sending
+from streamer.cache import BlockCache, Reservation
+from streamer.client import Plan, SampleClient
+from streamer.metrics import Durations, Sending
+from streamer.places import Reading, open_dataset
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
 from streamer.split import MemoryDataset
+from streamer.tally import Tally
 from tests.scraping import becomes, documented, faults, scrape, shown, value
+from tests.streamer.packed import flip, random_split, write_packed
 
 SAMPLES, BATCHES = "MnistService/GetTrainingSamples", "sluice.streamer.v1.SampleService/StreamBatches"
 BATCHES_OF_300 = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=300))
@@ -149,6 +160,8 @@ def test_amounts_never_shrink_while_they_are_read() -> None:
 
     def send() -> None:
         while not done.is_set():
+            stream.ask()
+            stream.go_on()
             stream.offer()
             stream.count(1, 800)
 
@@ -166,3 +179,90 @@ def test_amounts_never_shrink_while_they_are_read() -> None:
     assert seen[-1][0] > seen[0][0]
     for amounts in zip(*seen, strict=True):
         assert list(amounts) == sorted(amounts)
+
+
+# What it takes to make batches
+
+
+async def test_each_batch_is_timed_and_transforms_only_where_there_are_some(
+    server: StreamerServer, channel: grpc.aio.Channel
+) -> None:
+    num_batches = len([message async for message in batches(channel)])
+
+    assert value(server.metrics_url, "streamer_batch_read_seconds_count", dataset="mnist") == num_batches == 4
+    assert value(server.metrics_url, "streamer_batch_read_seconds_sum", dataset="mnist") > 0
+    assert value(server.metrics_url, "streamer_batch_transform_seconds_count", dataset="mnist") == 0
+
+
+async def test_transforms_are_timed_and_a_process_that_died_at_them_shows(dataset: MemoryDataset) -> None:
+    settings = StreamerSettings(port=0, metrics_port=0, transform_workers=1)
+    plan = Plan(dataset="mnist", batch_size=100, transform="augment-v1")
+    async with StreamerServer(settings, [dataset]) as server, SampleClient(server.address) as client:
+        url = server.metrics_url
+        assert value(url, "streamer_transform_workers") == 0
+        _ = [None async for _ in client.batches(plan)]
+        assert value(url, "streamer_batch_transform_seconds_count", dataset="mnist") == 10
+        assert value(url, "streamer_transform_workers") == 1
+
+        assert server.metrics.pool is not None
+        os.kill(server.metrics.pool.process_ids[0], signal.SIGKILL)
+        _ = [None async for _ in client.batches(plan)]
+        assert value(url, "streamer_transform_worker_restarts_total") == 1
+
+
+async def test_wait_for_credit_shows_while_it_lasts(server: StreamerServer, channel: grpc.aio.Channel) -> None:
+    url, wait = server.metrics_url, "streamer_credit_wait_seconds_total"
+    call: Any = SampleServiceStub(channel).PullBatches()
+    await call.write(pb.PullBatchesRequest(open=BATCHES_OF_300))
+    await call.write(pb.PullBatchesRequest(grant_bytes=1))
+    await call.read()
+    while not value(url, wait, dataset="mnist"):  # noqa: ASYNC110 - what the server waits for is told to nobody else
+        await asyncio.sleep(0)
+    first = value(url, wait, dataset="mnist")
+    second = value(url, wait, dataset="mnist")
+    call.cancel()
+
+    assert 0 < first < second <= value(url, "streamer_send_wait_seconds_total", dataset="mnist")
+
+
+async def test_damage_on_disk_is_counted(tmp_path: Path) -> None:
+    await write_packed(tmp_path / "packed", random_split())
+    (shard, *_) = sorted((tmp_path / "packed").glob("*.records"))
+    shard.write_bytes(flip(shard.read_bytes(), 0))
+    reading = Reading(cache=tmp_path / "cache", memory_bytes=0)
+    damaged = await open_dataset("own", str(tmp_path / "packed"), reading, report=print)
+    settings = StreamerSettings(port=0, metrics_port=0)
+    async with (
+        StreamerServer(settings, [damaged], tally=reading.tally) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="own", batch_size=1000))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await SampleServiceStub(channel).StreamBatches(asked).read()
+        assert value(server.metrics_url, "streamer_checksum_failures_total") == 1
+    await damaged.close()
+
+
+async def test_cache_shows_what_it_holds_whoever_filled_it(dataset: MemoryDataset, tmp_path: Path) -> None:
+    settings = StreamerSettings(port=0, metrics_port=0, cache=tmp_path, cache_bytes=5000)
+    async with StreamerServer(settings, [dataset]) as server:
+        assert value(server.metrics_url, "streamer_cache_bytes") == 0
+        cache = BlockCache(tmp_path / "blocks", max_bytes=5000, tally=Tally())
+        room = Reservation(cache, "0" * 64, 1000)
+        room.take()
+
+        assert value(server.metrics_url, "streamer_cache_bytes") == cache.used_bytes > 1000
+        assert value(server.metrics_url, "streamer_cache_limit_bytes") == 5000
+        room.release()
+        cache.close()
+
+
+@given(st.lists(st.floats(0, 100), max_size=20))
+def test_buckets_hold_all_durations_up_to_their_bound(seconds: list[float]) -> None:
+    durations = Durations()
+    for each in seconds:
+        durations.add(each)
+
+    for bound, count in durations.buckets():
+        assert count == sum(each <= float(bound) for each in seconds)
+    assert durations.seconds == pytest.approx(sum(seconds), abs=1e-7)

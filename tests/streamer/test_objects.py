@@ -3,8 +3,10 @@ import itertools
 import random
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import obstore
 import pytest
 
 from streamer import objects
@@ -90,10 +92,31 @@ async def test_missing_key_is_pointed_out(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     # Where a machine in a cloud would be asked who it is.
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
-    store, _ = open_store(seconds=0.3)
+    lines: list[str] = []
+    store = ObjectStore("s3://objects/here", deadline_seconds=1000, tally=Tally(), report=lines.append)
+    assert lines[0].startswith("s3://objects/here: AWS_ACCESS_KEY_ID is not set; asking this machine's cloud")
 
-    with pytest.raises(StorageError, match="AWS_ACCESS_KEY_ID is not set"):
+    with pytest.raises(StorageError, match=r"no credentials: .*AWS_ACCESS_KEY_ID is not set") as caught:
         await store.read("a")
+    assert caught.value.is_refusal
+    assert lines[1].startswith("s3://objects/here/a: Generic S3 error: ")
+
+
+async def test_request_that_makes_no_sense_to_the_server_is_not_made_again(s3: S3Server) -> None:
+    store, tally = open_store("s3://x")
+
+    with pytest.raises(StorageError, match=r"refused: .*400 Bad Request") as caught:
+        await store.write("a", b"1")
+    assert caught.value.is_refusal
+    assert tally.counts().retries == 0
+
+
+async def test_range_past_the_end_of_an_object_is_empty(s3: S3Server) -> None:
+    s3.put("s3://objects/short", b"123")
+    store, tally = open_store("s3://objects")
+
+    assert bytes(await store.read_range("short", 3, 5)) == b""
+    assert tally.counts().retries == 0
 
 
 async def test_server_that_takes_connections_and_says_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +128,37 @@ async def test_server_that_takes_connections_and_says_nothing_is_left(monkeypatc
 
         with pytest.raises(StorageError, match="no answer in"):
             await asyncio.wait_for(store.read("a"), 5)
+
+
+async def test_server_that_is_back_for_one_request_is_asked_for_the_others_at_once(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_pauses", lambda: itertools.repeat(1000.0))
+    store, tally = open_store(seconds=10_000)
+    for key in ("a", "b"):
+        await store.write(key, b"1")
+    honest = obstore.get_async
+    monkeypatch.setattr(obstore, "get_async", Away(honest))
+    waiting = asyncio.create_task(store.read("a"))
+    while not tally.counts().retries:  # noqa: ASYNC110 - it tells nobody
+        await asyncio.sleep(0)
+
+    assert await store.read("b") == b"1"
+    assert await asyncio.wait_for(waiting, 100) == b"1"
+
+
+class Away:
+    """Lets the first request fail as where nobody listens."""
+
+    def __init__(self, honest: Callable[..., Awaitable[object]]) -> None:
+        self._honest = honest
+        self._is_first = True
+
+    async def __call__(self, store: object, key: str) -> object:
+        is_first, self._is_first = self._is_first, False
+        if is_first:
+            raise ConnectionRefusedError("nobody there")
+        return await self._honest(store, key)
 
 
 def test_pauses_are_random_and_their_ceiling_doubles_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,19 @@ async def test_storage_that_is_out_of_reach_is_told(tmp_path: Path, monkeypatch:
         await open_dataset("set", "s3://places/x", reading, report=print)
 
 
+async def test_cache_with_no_room_for_the_data_set_is_told_at_the_start(s3: S3Server, tmp_path: Path) -> None:
+    url, lines = f"s3://places/{tmp_path.name}", list[str]()
+    await write_packed(StoreTarget(ObjectStore(url, tally=Tally())), random_split())
+    for cache_bytes in (10_000, 30_000):
+        reading = Reading(cache=tmp_path, memory_bytes=0, cache_bytes=cache_bytes)
+        dataset = await open_dataset("set", url, reading, report=lines.append)
+        await dataset.close()
+
+    assert len(lines) == 1
+    assert f"{url}: the cache of 0 MB has room for 40% of 0 MB" in lines[0]
+    assert "SLUICE_STREAMER_CACHE_BYTES=100000000" in lines[0]
+
+
 @pytest.mark.skipif(not HERE.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 async def test_debians_fashion_mnist_is_what_its_declaration_promises(tmp_path: Path) -> None:
     dataset = await open_dataset("fashion-mnist", None, Reading(cache=tmp_path), report=print)

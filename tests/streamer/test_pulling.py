@@ -225,10 +225,10 @@ async def test_range_of_nothing_ends_without_a_message(channel: grpc.aio.Channel
 class Damaged(MemorySplit):
     """A split whose fourth batch is lost."""
 
-    async def read(self, indices: NDArray[np.int64]) -> Samples:
+    def gather(self, indices: NDArray[np.int64], gathered: NDArray[np.uint8]) -> Samples:
         if 900 in indices:
             raise DataLossError("shard", 7, 9, expected="what was written", found="other bytes")
-        return await super().read(indices)
+        return super().gather(indices, gathered)
 
 
 async def test_loss_in_the_middle_keeps_its_status_while_grants_come(dataset: MemoryDataset) -> None:

@@ -1,6 +1,7 @@
 """A packed split in a real S3 server, read through a real cache."""
 
 import asyncio
+import fcntl
 import hashlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -118,17 +119,42 @@ async def test_full_cache_serves_after_a_restart_with_the_server_forgotten(
     assert there.counts == Counts(cache_hits=there.counts.cache_hits)
 
 
-@pytest.mark.parametrize("limit", [BLOCK - 1, BLOCK + 9, 8 * BLOCK + 9, NUM_BLOCKS * BLOCK // 2])
-async def test_cache_smaller_than_the_data_is_slow_but_right(there: Remote, limit: int) -> None:
+@pytest.mark.parametrize("limit", [0, BLOCK - 1, BLOCK + 9, 8 * BLOCK + 9, NUM_BLOCKS * BLOCK // 2])
+async def test_cache_smaller_than_the_data_keeps_what_fits_and_fetches_only_what_is_wanted(
+    there: Remote, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Its own blocks stay for another reason.
+    monkeypatch.setattr(remote, "_FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(remote, "_FULL_SECONDS", 0.0)
     records = there.open(max_bytes=limit)
-    largest = 0
-    for batch in there.epoch()[:8]:
-        assert await there.matches(records, batch)
-        largest = max(largest, size_of(there.folder))
+    for number in range(2):
+        assert all([await there.matches(records, batch) for batch in there.epoch(batch=5)])
+        assert size_of(there.folder) <= max(limit, 9)
+        if number == 0:
+            kept, first_bytes = there.files(), there.counts.fetched_bytes
 
-    assert largest <= limit
-    assert there.counts.fetched_objects == there.counts.cache_misses > NUM_BLOCKS
-    assert there.counts.evictions > 0 or limit < 2 * BLOCK
+    assert there.files() == kept
+    assert there.counts.evictions == 0
+    # Some wanted together lie in one block, and what lies between them comes along.
+    missing = 1000 * 25 - len(kept) * BLOCK
+    assert missing <= there.counts.fetched_bytes - first_bytes <= 1.5 * missing
+
+
+async def test_blocks_of_other_data_make_room_unless_in_use(there: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = there.open(max_bytes=2 * BLOCK + 9)
+    other = hashlib.sha256(b"other").hexdigest()
+    path = there.folder / other
+    path.write_bytes(bytes(BLOCK))
+    with there.caches[0]._changing() as usage:
+        usage.bytes = there.caches[0]._scan()
+    await records.read(np.arange(64))
+    assert path.exists()
+
+    monkeypatch.setattr(remote, "_FRESH_SECONDS", 0.0)
+    records = there.open(max_bytes=2 * BLOCK + 9)
+    assert await there.matches(records, np.arange(64))
+    assert not path.exists()
+    assert there.counts.evictions == 1
 
 
 async def test_limit_is_never_passed_by_concurrent_readers(there: Remote) -> None:
@@ -262,7 +288,7 @@ async def test_one_reader_that_gives_up_takes_nobody_with_him(there: Remote) -> 
     records = there.open()
     leaving = asyncio.create_task(records.read(np.arange(16)))
     staying = asyncio.create_task(there.matches(records, np.arange(16)))
-    await become(lambda: any(flight.passengers == 2 for flight in records._flights.values()))
+    await become(lambda: any(len(flight.passengers) == 2 for flight in records._flights.values()))
     leaving.cancel()
 
     assert await staying
@@ -270,19 +296,32 @@ async def test_one_reader_that_gives_up_takes_nobody_with_him(there: Remote) -> 
     assert there.counts.fetched_objects == 1
 
 
-async def test_prefetch_brings_what_is_needed_first_and_half_a_cache_at_most(there: Remote) -> None:
-    records = there.open(max_bytes=20 * BLOCK + 9)
-    await records.prefetch(np.arange(992)[::-1])
-    before = there.counts.fetched_objects
+async def test_request_for_part_of_a_block_is_shared_by_those_it_is_enough_for(there: Remote) -> None:
+    records = there.open(max_bytes=0)
+    first = asyncio.create_task(there.matches(records, np.array([3, 5])))
+    await become(lambda: any(flight._rows is not None for flight in records._flights.values()))
 
-    assert before == 10
-    assert await there.matches(records, np.arange(992 - 160, 992))
-    assert there.counts.fetched_objects == before
+    later = [there.matches(records, np.array(wanted)) for wanted in ([4], [5, 3], [6], [2, 4])]
+    assert all(await asyncio.gather(first, *later))
+    # The last two go out together.
+    assert there.counts.fetched_objects <= 3
+    assert there.counts.fetched_bytes <= (3 + 5 + 5) * 25
 
 
-async def test_prefetch_that_is_cancelled_stops(there: Remote) -> None:
+async def test_samples_wanted_now_go_before_those_read_ahead(there: Remote) -> None:
+    records = there.open(max_downloads=1)
+    early = [asyncio.create_task(records.read(batch, ahead_bytes=10_000)) for batch in there.epoch()[:4]]
+    await become(lambda: there.counts.fetched_objects > 0)
+
+    assert await there.matches(records, np.arange(16))
+    assert not any(task.done() for task in early)
+    await asyncio.gather(*early)
+    assert there.counts.fetched_objects <= NUM_BLOCKS
+
+
+async def test_reads_that_are_given_up_before_their_turn_are_never_begun(there: Remote) -> None:
     records = there.open(max_downloads=2)
-    task = asyncio.create_task(records.prefetch(np.arange(1000)))
+    task = asyncio.create_task(records.read(np.arange(1000)))
     await become(lambda: there.counts.fetched_objects > 0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -290,6 +329,41 @@ async def test_prefetch_that_is_cancelled_stops(there: Remote) -> None:
 
     assert not records._flights
     assert there.counts.fetched_objects < NUM_BLOCKS
+    assert await there.matches(records, np.arange(1000))
+
+
+async def test_cached_block_that_cannot_be_opened_is_done_without(
+    there: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_WAIT_SECONDS", 1000.0)
+    await there.open().read(np.arange(16))
+    with (there.folder / there.split.block(0).sha256).open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        records = there.open()
+
+        assert await asyncio.wait_for(there.matches(records, np.arange(16)), 60)
+    assert there.counts.uncached == 1
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 20, 0])
+async def test_object_that_is_cut_short_is_named(there: Remote, max_bytes: int) -> None:
+    url = f"{there.url}/{there.split.shards[1].file}"
+    there.s3.put(url, there.s3.get(url)[: 2 * BLOCK + 100])
+    records = there.open(max_bytes=max_bytes)
+
+    for first_byte in (2 * BLOCK, 3 * BLOCK):
+        at = 80 + first_byte // 25
+        with pytest.raises(DataLossError, match=f"^{url}, bytes {first_byte}-{first_byte + BLOCK - 1}: "):
+            await records.read(np.arange(at + 8, at + 10))
+
+
+async def test_bit_flipped_in_a_record_that_comes_alone_is_named(there: Remote) -> None:
+    url = there.damage_object(2, byte=2 * BLOCK + 5)
+    records = there.open(max_bytes=0)
+
+    with pytest.raises(DataLossError, match=f"^{url}, bytes 800-1199: expected content with SHA-256 "):
+        await records.read(np.arange(192, 193))
+    assert await there.matches(records, np.arange(193, 208))
 
 
 async def test_cache_that_cannot_be_written_costs_speed_and_nothing_else(
@@ -299,7 +373,7 @@ async def test_cache_that_cannot_be_written_costs_speed_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     records = there.open()
-    monkeypatch.setattr("os.fsync", full)
+    monkeypatch.setattr("os.rename", full)
 
     assert await there.matches(records, np.arange(1000))
     assert there.counts.uncached == NUM_BLOCKS

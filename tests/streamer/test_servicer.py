@@ -21,6 +21,7 @@ from streamer.server import StreamerServer
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
 from streamer.split import MemoryDataset
+from streamer.tally import Tally
 from tests.streamer.streams import streams_become
 
 SEED_PROTO = """
@@ -169,10 +170,17 @@ async def test_every_batch_says_where_its_time_went(channel: grpc.aio.Channel) -
         assert batch.timings.wait.ToNanoseconds() >= 0
 
 
+class Context:
+    """Of a call without metadata."""
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ()
+
+
 async def test_wait_is_how_long_a_ready_batch_was_held_up(dataset: MemoryDataset) -> None:
-    metrics = StreamerMetrics([], health=Health([]), max_streams=1)
+    metrics = StreamerMetrics([], health=Health([]), settings=StreamerSettings(), tally=Tally())
     servicer: Any = StreamerServicer(StreamerSettings(), {"mnist": dataset}, metrics, pool=NotImplemented)
-    messages = servicer.StreamBatches(request(), context=None)
+    messages = servicer.StreamBatches(request(), context=Context())
     await anext(messages)
     # From here on the second one is ready, and nobody takes it.
     started = time.perf_counter()

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from rpc.settings import SettingsError, load
+from streamer.interpreter import num_cores
 from streamer.settings import StreamerSettings
 
 
@@ -40,3 +41,14 @@ def test_folder_is_of_one_known_data_set_or_has_a_folder_for_each(tmp_path: Path
 
     several = load(StreamerSettings, datasets="mnist,fashion-mnist", data=tmp_path)
     assert several.places == {"mnist": str(tmp_path / "mnist"), "fashion-mnist": str(tmp_path / "fashion-mnist")}
+
+
+@pytest.mark.parametrize("workers", [-1, 257])
+def test_number_of_workers_is_bounded(workers: int) -> None:
+    with pytest.raises(SettingsError, match=f"--workers = {workers}: input should be"):
+        load(StreamerSettings, workers=workers)
+
+
+def test_no_number_of_workers_is_one_for_each_core() -> None:
+    assert load(StreamerSettings, workers=0).num_workers == num_cores()
+    assert load(StreamerSettings).num_workers == 1

@@ -110,10 +110,16 @@ async def test_replica_that_was_never_there_is_done_without(server: StreamerServ
     assert_equal(await read(reader(NOWHERE, server.address)), expected)
 
 
+def spoiled(call: int, number: int, raw: bytes) -> bytes:
+    """Flip a bit in the middle: most of a message are pixels."""
+    middle = len(raw) // 2
+    return raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :]
+
+
 async def test_damaged_batches_of_one_replica_come_from_the_other(
     server: StreamerServer, second: StreamerServer, expected: list[Batch]
 ) -> None:
-    async with Relay(second.address, lambda call, number, raw: raw[:-1] + bytes([raw[-1] ^ 1])) as broken:
+    async with Relay(second.address, spoiled) as broken:
         assert_equal(await read(reader(server.address, broken.address)), expected)
 
     assert broken.num_calls > 0
@@ -158,10 +164,7 @@ async def test_plan_that_no_replica_serves_is_refused(server: StreamerServer, se
 
 
 async def test_batch_that_is_damaged_everywhere_is_an_error(server: StreamerServer, second: StreamerServer) -> None:
-    def spoil(call: int, number: int, raw: bytes) -> bytes:
-        return raw[:-1] + bytes([raw[-1] ^ 1])
-
-    async with Relay(server.address, spoil) as one, Relay(second.address, spoil) as two:
+    async with Relay(server.address, spoiled) as one, Relay(second.address, spoiled) as two:
         with pytest.raises(SampleCorruptError, match="CRC-32C"):
             await read(reader(one.address, two.address))
 

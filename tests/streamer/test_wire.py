@@ -1,19 +1,23 @@
+import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from protos.streamer.v1 import sample_service_pb2 as pb
-from streamer.wire import decode, encode
+from streamer.wire import decode, encode, pack_indices
+
+FOUR_BYTES = 2**28
 
 images = st.binary(max_size=400)
-batches = st.builds(
+indices = st.lists(st.integers(0, FOUR_BYTES - 1), max_size=20).map(lambda each: np.array(each, np.int64))
+fields = st.builds(
     pb.Batch,
     position=st.integers(0, 2**64 - 1),
     next_position=st.integers(0, 300),
     num_samples=st.integers(0, 2**32 - 1),
     labels=st.binary(max_size=200),
-    indices=st.lists(st.integers(0, 2**64 - 1), max_size=20),
     crc32c=st.integers(0, 2**32 - 1),
     end_of_epoch=st.booleans(),
     timings=st.builds(pb.Timings),
@@ -22,47 +26,84 @@ batches = st.builds(
 )
 
 
-@given(batches, images)
-def test_message_is_the_one_that_protobuf_reads(fields: pb.Batch, pixels: bytes) -> None:
-    expected = pb.Batch(images=pixels)
-    expected.MergeFrom(fields)
-
-    assert pb.Batch.FromString(encode(fields, memoryview(pixels))) == expected
+def packed(values: NDArray[np.int64]) -> NDArray[np.uint8]:
+    rows = pack_indices(values)
+    assert rows is not None
+    return rows
 
 
-@given(batches, images)
-def test_what_protobuf_writes_is_read_in_its_order_and_in_ours(fields: pb.Batch, pixels: bytes) -> None:
-    whole = pb.Batch(images=pixels)
-    whole.MergeFrom(fields)
-    for message in (whole.SerializeToString(), encode(fields, memoryview(pixels))):
-        read, view = decode(message)
-        assert read == fields
-        assert view == pixels
+def whole(fields: pb.Batch, values: NDArray[np.int64], pixels: bytes) -> pb.Batch:
+    message = pb.Batch(images=pixels, indices=values.tolist())
+    message.MergeFrom(fields)
+    return message
 
 
-@given(batches, images, images)
-def test_last_images_win_as_in_protobuf(fields: pb.Batch, first: bytes, last: bytes) -> None:
-    message = pb.Batch(images=first).SerializeToString() + encode(fields, memoryview(last))
-    read, view = decode(message)
-    assert view == pb.Batch.FromString(message).images
-    assert read == fields
+@given(fields, indices, images)
+def test_message_is_the_one_that_protobuf_reads(fields: pb.Batch, values: NDArray[np.int64], pixels: bytes) -> None:
+    message = encode(fields, packed(values), memoryview(pixels))
+
+    assert pb.Batch.FromString(message) == whole(fields, values, pixels)
+
+
+@given(fields, indices, images)
+def test_what_protobuf_writes_is_read_in_its_order_and_in_ours(
+    fields: pb.Batch, values: NDArray[np.int64], pixels: bytes
+) -> None:
+    expected = whole(fields, values, pixels)
+    for message in (expected.SerializeToString(), encode(fields, packed(values), memoryview(pixels))):
+        read = decode(message)
+        assert read.fields == fields
+        assert read.indices.tolist() == values.tolist()
+        assert read.images.tobytes() == pixels
+
+
+@given(fields, indices, images, indices, images)
+def test_joined_messages_are_read_as_protobuf_does(
+    fields: pb.Batch, early: NDArray[np.int64], first: bytes, late: NDArray[np.int64], last: bytes
+) -> None:
+    """Of images the last ones count, indices add up."""
+    for head in (
+        pb.Batch(images=first, indices=early.tolist()).SerializeToString(),
+        encode(pb.Batch(), packed(early), memoryview(first)),
+    ):
+        message = head + encode(fields, packed(late), memoryview(last))
+        expected, read = pb.Batch.FromString(message), decode(message)
+        assert read.images.tobytes() == expected.images
+        assert read.indices.tolist() == list(expected.indices) == [*early.tolist(), *late.tolist()]
+        assert read.fields == fields
+
+
+@given(fields, st.lists(st.integers(0, 2**64 - 1), max_size=20), images)
+def test_indices_of_any_size_are_read(fields: pb.Batch, values: list[int], pixels: bytes) -> None:
+    fields.indices.extend(values)
+
+    assert decode(encode(fields, None, memoryview(pixels))).indices.tolist() == values
+
+
+def test_index_that_needs_more_than_four_bytes_is_left_to_protobuf() -> None:
+    assert pack_indices(np.array([1, FOUR_BYTES])) is None
+    assert packed(np.array([FOUR_BYTES - 1])).tobytes() == b"\xff\xff\xff\x7f"
 
 
 def test_images_are_not_copied() -> None:
-    message = encode(pb.Batch(position=3), memoryview(b"x" * 300))
-    assert decode(message)[1].obj is message
+    message = encode(pb.Batch(position=3), None, memoryview(b"x" * 300))
+    assert np.shares_memory(decode(message).images, np.frombuffer(message, np.uint8))
 
 
-@given(batches, images, st.integers(1, 400))
-def test_message_cut_anywhere_is_read_as_protobuf_does_or_refused(fields: pb.Batch, pixels: bytes, cut: int) -> None:
-    message = encode(fields, memoryview(pixels))[:-cut]
+@given(fields, indices, images, st.integers(1, 400))
+def test_message_cut_anywhere_is_read_as_protobuf_does_or_refused(
+    fields: pb.Batch, values: NDArray[np.int64], pixels: bytes, cut: int
+) -> None:
+    message = encode(fields, packed(values), memoryview(pixels))[:-cut]
     try:
         expected = pb.Batch.FromString(message)
     except DecodeError:
         with pytest.raises(DecodeError):
             decode(message)
     else:
-        assert decode(message)[1] == expected.images
+        read = decode(message)
+        assert read.images.tobytes() == expected.images
+        assert read.indices.tolist() == list(expected.indices)
 
 
 def test_number_without_end_is_refused_at_once() -> None:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from streamer.client import Batch
+from streamer.client import Plan
+from streamer.loading import TensorBatch
+from streamer.recording import Origin
+from streamer.stalls import Timings
 from training.config import BudgetConfig, OptimConfig, TrainConfig
 from training.errors import DivergedError
 from training.evaluate import evaluate
@@ -12,22 +15,25 @@ from training.loop import Step, fit
 from training.model import Network
 
 NUM_SAMPLES = 48
+ORIGIN = Origin(plan=Plan(dataset="rows"), num_samples=NUM_SAMPLES, start_position=0)
 
 
-def batches(size: int = 16) -> list[Batch]:
+def batches(size: int = 16) -> list[TensorBatch]:
     """Images that are black but for a bright row at three times their label: easy to tell apart."""
     labels = np.arange(NUM_SAMPLES, dtype=np.int64) % 4
     images = np.zeros((NUM_SAMPLES, 28, 28), np.uint8)
     images[np.arange(NUM_SAMPLES), labels * 3] = 255
     starts = range(0, NUM_SAMPLES, size)
     return [
-        Batch(
-            images=images[start : start + size],
-            labels=labels[start : start + size],
+        TensorBatch(
+            images=torch.from_numpy(images[start : start + size]),
+            labels=torch.from_numpy(labels[start : start + size]),
             indices=np.arange(start, start + size),
             position=start,
             next_position=start + size,
             end_of_epoch=start + size == NUM_SAMPLES,
+            origin=ORIGIN,
+            _told=Timings(),
         )
         for start in starts
     ]
@@ -74,7 +80,7 @@ def test_each_step_says_where_the_stream_goes_on() -> None:
 def test_every_epoch_is_read_with_its_own_number() -> None:
     asked: list[int] = []
 
-    def batches_of(epoch: int) -> Iterable[Batch]:
+    def batches_of(epoch: int) -> Iterable[TensorBatch]:
         asked.append(epoch)
         return batches(NUM_SAMPLES)
 

@@ -10,6 +10,7 @@ import torch
 
 from streamer.client import SplitInfo
 from streamer.errors import UnreachableError
+from streamer.proof import verify
 from training import checkpoint, run
 from training.config import BudgetConfig, DataConfig, TrainConfig
 from training.errors import TrainingError
@@ -61,6 +62,16 @@ def test_run_leaves_a_checkpoint_and_a_published_version(tmp_path: Path, streame
     assert result.card.metrics["test_accuracy"] == result.evaluation.accuracy
     assert (kept.state.step, kept.state.epoch, kept.state.position) == (6, 1, 40)
     assert [step.samples for step in observer.steps] == [16, 32, 40, 56, 72, 80]
+    assert (kept.state.data["epoch"], kept.state.data["position"], kept.state.data["step"]) == (2, 0, 6)
+    assert 0 < result.stalls.waited_share < 1
+
+
+def test_runs_ledger_proves_every_epoch(tmp_path: Path, streamer: str) -> None:
+    ledger = tmp_path / "run.ledger"
+    run.train(config(streamer), repository=tmp_path, runs=tmp_path, observer=Silent(), ledger=ledger)
+    verdict = verify([ledger])
+
+    assert (verdict.is_clean, verdict.committed, verdict.epochs) == (True, 80, 2)
 
 
 def test_data_set_the_streamer_does_not_have_is_named(tmp_path: Path, streamer: str) -> None:

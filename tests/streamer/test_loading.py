@@ -1,0 +1,489 @@
+"""What a training loop gets from a streamer in a process of its own, in plain loops and through DataLoaders."""
+
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from streamer.client import BatchReader, Plan, Remainder
+from streamer.cursor import StateError
+from streamer.errors import ReaderError, StreamerError
+from streamer.loading import StreamedDataset, StreamedLoader, TensorBatch
+from streamer.proof import verify
+
+pytestmark = pytest.mark.timeout(300)
+
+NUM_SAMPLES = 40
+PLAN = Plan(dataset="mnist", seed=7, batch_size=3)
+NOWHERE = "127.0.0.1:1"
+
+
+@pytest.fixture(scope="module")
+def streamer(tiny_mnist: Path) -> Iterator[str]:
+    """A streamer in a process of its own, as gRPC outlives no fork."""
+    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
+    command = [sys.executable, "-m", "sluice", *arguments]
+    # Nobody reads on: a line an RPC would fill the pipe.
+    quiet = {**os.environ, "SLUICE_STREAMER_LOG_LEVEL": "warning"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet) as process:
+        assert process.stderr is not None
+        words = next(line for line in process.stderr if line.startswith("listening on ")).split()
+        yield words[2].rstrip(";")
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No thread and no process outlives a test."""
+    yield
+    gc.collect()  # a DataLoader ends its workers when it is collected
+    assert [thread.name for thread in threading.enumerate() if thread.name == "sluice-batch-reader"] == []
+    assert multiprocessing.active_children() == []
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+Facts = tuple[int, int, bool, bytes, bytes, bytes]
+
+
+def facts(batch: TensorBatch) -> Facts:
+    images, labels = batch.images.numpy().tobytes(), batch.labels.numpy().tobytes()
+    return batch.position, batch.next_position, batch.end_of_epoch, batch.indices.tobytes(), labels, images
+
+
+def indices(batches: list[TensorBatch]) -> list[int]:
+    return [int(index) for batch in batches for index in batch.indices]
+
+
+def loader(dataset: StreamedDataset, num_workers: int, **options: Any) -> DataLoader[TensorBatch]:
+    return DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
+
+
+# What comes
+
+
+def test_plain_loop_gives_the_epoch_as_tensors(streamer: str) -> None:
+    batches = list(StreamedDataset(streamer, PLAN))
+
+    assert sorted(indices(batches)) == list(range(NUM_SAMPLES))
+    assert {(batch.images.dtype, batch.labels.dtype) for batch in batches} == {(torch.uint8, torch.int64)}
+    assert batches[0].images.shape == (3, 28, 28)
+    # Each of the images is filled with 25 times its label.
+    assert all(torch.equal(batch.images[:, 0, 0], (batch.labels * 25).to(torch.uint8)) for batch in batches)
+    assert [batch.end_of_epoch for batch in batches] == [False] * 13 + [True]
+
+
+@pytest.mark.parametrize("remainder", Remainder)
+@pytest.mark.parametrize(("world_size", "rank", "start"), [(1, 0, 0), (2, 1, 0), (3, 2, 5), (4, 3, 36)])
+def test_workers_give_the_very_batches_in_the_very_order(
+    streamer: str, world_size: int, rank: int, start: int, remainder: Remainder
+) -> None:
+    plan = replace(PLAN, world_size=world_size, rank=rank, remainder=remainder)
+    dataset = StreamedDataset(streamer, plan)
+    dataset.load_state({**dataset.state(), "position": start})
+    alone = [facts(batch) for batch in dataset]
+
+    assert [facts(batch) for batch in loader(dataset, 2, multiprocessing_context="fork")] == alone
+
+
+def test_spawned_workers_give_the_same(streamer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    dataset = StreamedDataset(streamer, PLAN)
+    alone = [facts(batch) for batch in dataset]
+
+    assert [facts(batch) for batch in StreamedLoader(dataset, num_workers=1, multiprocessing_context="spawn")] == alone
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_transformed_pixels_come_as_they_are(streamer: str, num_workers: int) -> None:
+    plan = replace(PLAN, transform="crop(height=20,width=10,at=centre)|normalise(mean=0,std=1)")
+    batches = list(StreamedLoader(StreamedDataset(streamer, plan), num_workers=num_workers))
+
+    assert {(batch.images.dtype, batch.images.shape[1:]) for batch in batches} == {(torch.float32, (20, 10))}
+    torch.testing.assert_close(batches[0].images[:, 0, 0], batches[0].labels.float() * 25 / 255)
+
+
+def test_tensors_lie_where_the_message_came(streamer: str) -> None:
+    (batch, *_) = StreamedDataset(streamer, PLAN)
+    told = batch._told
+
+    assert not isinstance(told, tuple)
+    assert batch.images.data_ptr() == told.images.ctypes.data  # type: ignore[union-attr]  # it came by no worker
+    batch.images.add_(1)
+
+
+def test_batch_goes_to_a_device(streamer: str) -> None:
+    (batch, *_) = StreamedDataset(streamer, PLAN)
+    moved = batch.to("meta")
+
+    assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
+    assert (moved.position, moved.images.shape) == (batch.position, batch.images.shape)
+
+
+def test_batch_too_large_to_be_copied_is_shared(streamer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch, *_) = StreamedDataset(streamer, PLAN)
+    monkeypatch.setattr("streamer.loading._SMALL_BYTES", 100)
+    kinds = [type(value) for value in batch.__reduce__()[1][:2]]
+
+    assert kinds == [torch.Tensor, np.ndarray]
+    assert facts(pickle.loads(pickle.dumps(batch))) == facts(batch)
+
+
+# Whose share
+
+
+def test_rank_is_torchruns(streamer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    seen = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        seen.append(indices(list(StreamedDataset(streamer, PLAN))))
+
+    assert sorted(seen[0] + seen[1]) == list(range(NUM_SAMPLES))
+    assert len(seen[0]) == len(seen[1])
+
+
+def test_rank_of_torch_distributed_reaches_spawned_workers(streamer: str, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        dataset = StreamedDataset(streamer, replace(PLAN, rank=1, world_size=2))
+        sent: StreamedDataset = pickle.loads(pickle.dumps(dataset))
+        assert dataset.state()["plan"]["world_size"] == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+    assert sent.state()["plan"]["world_size"] == 1
+    assert dataset.state()["plan"]["world_size"] == 2
+
+
+@pytest.mark.parametrize("told", [{"RANK": "0"}, {"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}])
+def test_environment_that_makes_no_sense_is_named(monkeypatch: pytest.MonkeyPatch, told: dict[str, str]) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ValueError, match=r"RANK .*in the environment"):
+        list(StreamedDataset(NOWHERE, PLAN))
+
+
+# Where it begins
+
+
+def test_each_epoch_has_its_own_order(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    orders = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        orders.append(indices(list(dataset)))
+
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_goes_on_from_its_state_with_another_batch_size(streamer: str, num_workers: int) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    seen = []
+    for batch in StreamedLoader(dataset, num_workers=num_workers):
+        seen.append(batch)
+        dataset.commit(batch)
+        if len(seen) == 5:
+            break
+    saved = json.loads(json.dumps(dataset.state()))
+
+    resumed = StreamedDataset(streamer, replace(PLAN, batch_size=4))
+    resumed.load_state(saved)
+    rest = list(StreamedLoader(resumed, num_workers=num_workers))
+    assert sorted(indices(seen + rest)) == list(range(NUM_SAMPLES))
+    assert rest[0].position == saved["position"] == 15
+
+
+def test_batches_received_and_not_committed_come_again(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    first, second, *_ = list(dataset)
+    dataset.commit(first)
+
+    assert facts(next(iter(dataset))) == facts(second)
+
+
+def test_loop_over_all_epochs_skips_what_was_trained_on(streamer: str) -> None:
+    saved = StreamedDataset(streamer, PLAN)
+    for batch in saved:
+        saved.commit(batch)
+    dataset = StreamedDataset(streamer, PLAN)
+    dataset.load_state(saved.state())
+    read = {}
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        read[epoch] = 0
+        for batch in dataset:
+            read[epoch] += 1
+            dataset.commit(batch)
+        # Never goes back, not even where there was nothing to read.
+        assert dataset.state()["epoch"] == max(1, epoch + 1)
+
+    assert read == {0: 0, 1: 14, 2: 14}
+
+
+def test_state_after_the_last_batch_is_the_next_epoch(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    *_, last = list(dataset)
+    dataset.commit(last, step=14)
+    state = dataset.state()
+
+    assert (state["epoch"], state["position"], state["step"]) == (1, 0, 14)
+    assert {batch.origin.plan.epoch for batch in dataset} == {1}
+
+
+def test_rank_without_a_share_of_the_last_batch_ends_its_epoch_before_it(streamer: str) -> None:
+    # Four global batches of 9, and 4 samples for ranks 0 to 2 of 3 as 2, 1 and 1; of 39 ranks one has none.
+    plan = replace(PLAN, world_size=39, rank=38, batch_size=1)
+    dataset = StreamedDataset(streamer, plan)
+    (only,) = dataset
+    dataset.commit(only)
+
+    assert only.end_of_epoch
+    assert (only.next_position, dataset.state()["epoch"]) == (39, 1)
+
+
+def test_state_of_another_seed_is_refused_by_name() -> None:
+    saved = StreamedDataset(NOWHERE, PLAN).state()
+
+    with pytest.raises(StateError, match=r"plan\.seed"):
+        StreamedDataset(NOWHERE, replace(PLAN, seed=8)).load_state(saved)
+
+
+def test_state_pins_the_data(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    dataset.load_state({**dataset.state(), "fingerprint": "ab" * 32})
+
+    with pytest.raises(StreamerError, match="fingerprint"):
+        list(dataset)
+
+
+def test_epoch_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="epoch: -1; 0 to"):
+        StreamedDataset(NOWHERE, PLAN).set_epoch(-1)
+
+
+# Workers
+
+
+def test_persistent_workers_follow_the_epoch(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    batches = loader(dataset, 2, persistent_workers=True)
+    seen = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        seen.append(indices(list(batches)))
+    del batches
+
+    alone = []
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        alone.append(indices(list(dataset)))
+    assert seen == alone
+
+
+def test_persistent_workers_that_nobody_tells_of_a_pass_say_so(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    batches = loader(dataset, 1, persistent_workers=True)
+    list(batches)
+    with pytest.raises(ReaderError, match="call set_epoch before each pass"):
+        list(batches)
+    del batches
+
+
+def test_error_in_a_worker_is_raised_in_the_loop(streamer: str) -> None:
+    with pytest.raises(ReaderError, match="no 'cifar'; known are"):
+        list(loader(StreamedDataset(streamer, replace(PLAN, dataset="cifar")), 1))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_leaving_the_loop_leaves_nothing(streamer: str, num_workers: int, error: type[BaseException] | None) -> None:
+    def work() -> None:
+        for _ in StreamedLoader(StreamedDataset(streamer, PLAN, prefetch_batches=1), num_workers=num_workers):
+            if error is not None:
+                raise error
+            break
+
+    with contextlib.nullcontext() if error is None else pytest.raises(error):
+        work()
+    # The fixture looks for what is left.
+
+
+def test_fork_after_reading_is_done_just_works(streamer: str) -> None:
+    with BatchReader(streamer, PLAN) as reader:
+        assert len(list(reader)) == 14
+
+    assert len(list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))) == 14
+
+
+def test_fork_after_reading_failed_just_works(streamer: str) -> None:
+    with pytest.raises(StreamerError, match="cifar"), BatchReader(streamer, replace(PLAN, dataset="cifar")) as reader:
+        list(reader)
+
+    assert len(list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))) == 14
+
+
+def test_fork_in_the_middle_of_reading_is_named(streamer: str) -> None:
+    with BatchReader(streamer, PLAN, prefetch_batches=1) as reader:
+        batches = iter(reader)
+        next(batches)
+        with pytest.raises(ReaderError, match='multiprocessing_context="spawn"'):
+            list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))
+
+        # What was going on goes on.
+        assert len(list(batches)) == 13
+
+
+async def test_fork_beside_a_channel_of_the_programs_own_is_named(streamer: str) -> None:
+    async with grpc.aio.insecure_channel(streamer) as channel:
+        await channel.channel_ready()
+        with pytest.raises(ReaderError, match='multiprocessing_context="spawn"'):
+            list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))
+
+
+# Proof and insight
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ledger_of_a_run_that_was_stopped_and_resumed_is_clean(streamer: str, tmp_path: Path, num_workers: int) -> None:
+    path, saved, step = tmp_path / "rank-0.ledger", None, 0
+    for limit in (5, 20, 1000):
+        with StreamedDataset(streamer, PLAN, ledger=path, step=0) as dataset:
+            if saved is not None:
+                dataset.load_state(saved)
+                step = saved["step"]
+            batches = iter(StreamedLoader(dataset, num_workers=num_workers))
+            for epoch in range(2):
+                dataset.set_epoch(epoch)
+                for batch in StreamedLoader(dataset, num_workers=num_workers):
+                    step += 1
+                    if step % 4 == 0 or batch.end_of_epoch:
+                        with dataset.committing(batch, step=step):
+                            saved = dataset.state()
+                    if step >= limit:
+                        break
+                if step >= limit:
+                    break
+            del batches
+    verdict = verify([path])
+
+    assert (verdict.is_clean, verdict.committed, verdict.epochs) == (True, 2 * NUM_SAMPLES, 2)
+    assert verdict.recovered > 0
+
+
+def test_plain_loader_with_workers_keeps_a_ledger_of_commits(streamer: str, tmp_path: Path) -> None:
+    with StreamedDataset(streamer, PLAN, ledger=tmp_path / "ledger", step=0) as dataset:
+        for step, batch in enumerate(loader(dataset, 2), 1):
+            dataset.commit(batch, step=step)
+
+    assert verify([tmp_path / "ledger"]).is_clean
+
+
+def test_checkpoint_that_fails_moves_nothing(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    first, *_ = dataset
+    with contextlib.suppress(OSError), dataset.committing(first):
+        assert dataset.state()["position"] == 3
+        raise OSError("disk full")
+
+    assert dataset.state()["position"] == 0
+
+
+def test_batch_of_other_data_is_not_committed(streamer: str) -> None:
+    (other, *_) = StreamedDataset(streamer, replace(PLAN, split="test"))
+
+    with pytest.raises(ReaderError, match="a batch of mnist test"):
+        StreamedDataset(streamer, PLAN).commit(other)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_report_tells_what_was_waited_for(streamer: str, num_workers: int) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    started = time.perf_counter()
+    for _ in StreamedLoader(dataset, num_workers=num_workers):
+        time.sleep(0.01)
+    elapsed = time.perf_counter() - started
+    report = dataset.report()
+
+    assert 14 * 0.01 < report.total_seconds < elapsed
+    assert "of the time was spent waiting for data" in str(report)
+
+
+def test_plain_loader_with_workers_has_nothing_to_report(streamer: str) -> None:
+    dataset = StreamedDataset(streamer, PLAN)
+    for batch in loader(dataset, 1):
+        dataset.commit(batch)
+
+    with pytest.raises(ReaderError, match="StreamedLoader"):
+        dataset.report()
+
+
+# Ctrl-C
+
+_INTERRUPTED = """
+    import sys, time
+    from streamer.client import Plan
+    from streamer.loading import StreamedDataset, StreamedLoader
+
+    address, num_workers, method = sys.argv[1:]
+    dataset = StreamedDataset(address, Plan(dataset="mnist", seed=7, batch_size=1))
+    if __name__ == "__main__":
+        count = int(num_workers)
+        for batch in StreamedLoader(dataset, num_workers=count, multiprocessing_context=method if count else None):
+            print("reading", flush=True)
+            time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_interrupt_ends_everything_at_once(streamer: str, tmp_path: Path, num_workers: int, to_group: bool) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(_INTERRUPTED))
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, str(script), streamer, str(num_workers), "fork"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": root},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        # In a terminal Ctrl-C goes to the workers too.
+        (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+
+        assert process.returncode == -signal.SIGINT
+        assert errors.rstrip().endswith("KeyboardInterrupt")
+        # Its session is empty: no worker is left.
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
