@@ -2,16 +2,14 @@
 
 import asyncio
 import os
-import platform
-import subprocess
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+import sys
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks import classifying, streaming
-from benchmarks.interleaved import Rate, compare
+from benchmarks import classifying, report, streamer
+from benchmarks.interleaved import Spread, compare
+from benchmarks.stage import BATCH_SIZE
 from gateway.client import ImageClient
 from rpc.settings import load
 from serving.control import TritonControl
@@ -24,55 +22,53 @@ from streamer.client import Plan, SampleClient
 
 ROUNDS = 5
 SECONDS = 3.0
-RESULTS = Path(__file__).parent / "results"
+_SUITES = ("pull", "seed")
+_PACKAGES = ("grpcio", "protobuf", "torch")
 
 
 async def main() -> None:
-    """Run both comparisons on a line of their own."""
+    """Measure the streamer, then the gateway on a line of its own."""
     if not servable_models(load(TritonSettings).model_repository):
         raise SystemExit("no model to measure: `make demo` or `sluice train` makes one")
+    measured = await streamer.measure(_SUITES, streamer.FULL, report=lambda line: print(line, file=sys.stderr))
+    text = "\n".join(
+        [
+            "# The line, measured",
+            "",
+            report.surroundings("make bench", _PACKAGES),
+            "Contenders take turns in one run; clients and servers share the cores. Of the streamer, in batches of "
+            f"{BATCH_SIZE}; `make bench-streamer` tells more:",
+            "",
+            report.outcome_table(measured.outcome, streamer.names_of(_SUITES)),
+            "",
+            f"Of the gateway, {ROUNDS} turns of {SECONDS:g} s; items are images:",
+            "",
+            report.rates_table(await _gateway()),
+            "",
+        ]
+    )
+    print(text)
+    report.RESULTS.mkdir(exist_ok=True)
+    (report.RESULTS / "line.md").write_text(text)
+
+
+async def _gateway() -> dict[str, Spread]:
     settings = settings_with_free_ports()
-    # One log line an RPC is the default; at thousands a second it would be what is measured.
-    os.environ.update(SLUICE_GATEWAY_LOG_LEVEL="warning", SLUICE_STREAMER_LOG_LEVEL="warning")
+    # One log line an RPC is the default; at a thousand a second it would be part of what is measured.
+    os.environ.update(SLUICE_GATEWAY_LOG_LEVEL="warning")
     async with Supervisor(settings.logs, print) as supervisor:
-        streamer = await supervisor.start(streamer_service(settings))
-        with streaming.bare_server() as bare:
-            rates = await compare(streaming.contenders(streamer, bare), rounds=ROUNDS, seconds=SECONDS)
-        images = await _test_images(streamer)
+        images = await _test_images(await supervisor.start(streamer_service(settings)))
         triton = await supervisor.start(triton_service(settings))
         gateway = await supervisor.start(gateway_service(settings, triton))
         async with ImageClient(gateway) as client, TritonControl(triton) as control:
             await client.wait_ready(timeout_seconds=120)
-            rates |= await compare(classifying.contenders(client, control, images), rounds=ROUNDS, seconds=SECONDS)
-    report = _report(rates)
-    print(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "line.md").write_text(report)
+            return await compare(classifying.contenders(client, control, images), rounds=ROUNDS, seconds=SECONDS)
 
 
-async def _test_images(streamer: str) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+async def _test_images(streamer: str) -> NDArray[np.uint8]:
     async with SampleClient(streamer) as client:
         plan = Plan(dataset="mnist", split="test", batch_size=500)
         return np.concatenate([batch.images async for batch in client.batches(plan)])
-
-
-def _report(rates: dict[str, Rate]) -> str:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "torch", "protobuf"))
-    lines = [
-        "# The line, measured",
-        "",
-        f"`make bench` at {commit.stdout.strip() or 'no commit'}, {datetime.now(UTC):%Y-%m-%d}: "
-        f"{len(os.sched_getaffinity(0))} cores ({platform.machine()}), Python {platform.python_version()}, {versions}.",
-        f"Contenders take turns in one run, {ROUNDS} turns of {SECONDS:g} s each; client and servers share the cores.",
-        "",
-        "| | items/s, median | lowest | highest |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    rows = [
-        f"| {name} | {rate.median:,.0f} | {rate.lowest:,.0f} | {rate.highest:,.0f} |" for name, rate in rates.items()
-    ]
-    return "\n".join([*lines, *rows, ""])
 
 
 if __name__ == "__main__":

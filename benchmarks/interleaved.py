@@ -2,25 +2,31 @@
 
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 Contender = Callable[[float], Awaitable[int]]
 """Works for about that many seconds and returns how many items it did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rate:
-    """Items a second over several turns."""
+class Spread:
+    """A figure over several turns."""
 
     median: float
     lowest: float
     highest: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self:
+        """Return that of one or more values."""
+        return cls(median=statistics.median(values), lowest=min(values), highest=max(values))
 
-async def compare(contenders: Mapping[str, Contender], *, rounds: int, seconds: float) -> dict[str, Rate]:
+
+async def compare(contenders: Mapping[str, Contender], *, rounds: int, seconds: float) -> dict[str, Spread]:
     """
-    Let each contender have its turn, again and again: A B C A B C.
+    Let each contender have its turn, again and again: A B C A B C. Return items a second.
 
     Args:
         contenders: By name.
@@ -34,6 +40,4 @@ async def compare(contenders: Mapping[str, Contender], *, rounds: int, seconds: 
             done = await work(seconds if number else seconds / 3)
             if number:
                 rates[name].append(done / (time.perf_counter() - started))
-    return {
-        name: Rate(median=statistics.median(seen), lowest=min(seen), highest=max(seen)) for name, seen in rates.items()
-    }
+    return {name: Spread.of(seen) for name, seen in rates.items()}
