@@ -1,7 +1,6 @@
 """Batches: the samples of a rank's shares, read and transformed, with checksum and times."""
 
 import asyncio
-import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer import wire
 from streamer.checksum import batch_checksum
 from streamer.errors import StorageError
-from streamer.order import Order, Share
+from streamer.lookup import Found, look_up
+from streamer.order import Share
 from streamer.plan import Plan
 from streamer.readahead import read_ahead
 from streamer.shards import ShardedSplit
@@ -32,16 +31,13 @@ _FIXED_BYTES = 256
 _READ_BYTES = 8 * 1024
 _WANTED_BYTES = 1024
 
-# Positions turned into indices at once: a call costs the same for 100 as for 1,000.
-_BLOCK_POSITIONS = 8192
-
 
 class AssembledBatch(NamedTuple):
     """A batch ready to be sent; arrays are C-contiguous and of the same length, which is 0 in a closing batch."""
 
     share: Share
     indices: NDArray[np.int64]
-    packed_indices: NDArray[np.uint8] | None
+    packed_indices: bytes | None
     """By :func:`streamer.wire.pack_indices`."""
     images: NDArray[Any]
     """Shape (N, ...), as the transform leaves them."""
@@ -110,7 +106,7 @@ def closing(plan: Plan, position: int) -> AssembledBatch:
     """Make the empty batch that tells a reader to go on at ``position`` elsewhere."""
     share = Share(position, position, position, position, end_of_epoch=False)
     nothing = np.empty(0, np.uint8)
-    return _finished(plan, _Found(share, np.empty(0, np.int64), None), nothing, nothing, 0.0, 0.0)
+    return _finished(plan, Found(share, np.empty(0, np.int64), None), nothing, nothing, 0.0, 0.0)
 
 
 def max_samples(split: Split, transform: Transform, max_message_bytes: int) -> int:
@@ -153,7 +149,7 @@ async def ahead(items: AsyncGenerator[Item, None], count: int) -> AsyncGenerator
         await asyncio.wait((making,))
 
 
-async def _read(split: Split, looked_up: Iterator["_Found"]) -> AsyncGenerator[tuple["_Found", Samples], None]:
+async def _read(split: Split, looked_up: Iterator[Found]) -> AsyncGenerator[tuple[Found, Samples], None]:
     """Yield each share with its samples; where reading takes more than memory, those after it are on their way."""
     empty = np.empty((0, *split.image_shape), np.uint8), np.empty(0, np.uint8)
     if not isinstance(split, ShardedSplit) or split.allowance is None:
@@ -162,10 +158,10 @@ async def _read(split: Split, looked_up: Iterator["_Found"]) -> AsyncGenerator[t
             yield found, await split.read(found.indices) if found.indices.size else empty
         return
 
-    async def read(found: _Found, ahead_bytes: int) -> Samples:
+    async def read(found: Found, ahead_bytes: int) -> Samples:
         return await split.read(found.indices, ahead_bytes=ahead_bytes) if found.indices.size else empty
 
-    def size_of(found: _Found) -> int:
+    def size_of(found: Found) -> int:
         return _READ_BYTES + found.indices.size * (split.sample_bytes + _WANTED_BYTES)
 
     reads = read_ahead(looked_up, read, size_of=size_of, allowance=split.allowance)
@@ -174,32 +170,13 @@ async def _read(split: Split, looked_up: Iterator["_Found"]) -> AsyncGenerator[t
             yield read_one
 
 
-class _Found(NamedTuple):
-    """A share with the indices of its samples."""
-
-    share: Share
-    indices: NDArray[np.int64]
-    packed: NDArray[np.uint8] | None
-
-
-def _looked_up(split: Split, plan: Plan, shares: Iterable[Share]) -> Iterator[_Found]:
-    order = Order(split.num_samples, fingerprint=split.fingerprint, seed=plan.seed, epoch=plan.epoch)
-    shares = iter(shares)
-    block_length = max(1, _BLOCK_POSITIONS // plan.batch_size)
-    while block := list(itertools.islice(shares, block_length)):
-        positions = np.concatenate([np.arange(share.first, share.last) for share in block])
-        indices = order.indices(positions)
-        packed = wire.pack_indices(indices)
-        first = 0
-        for share in block:
-            last = first + share.last - share.first
-            yield _Found(share, indices[first:last], None if packed is None else packed[first:last])
-            first = last
+def _looked_up(split: Split, plan: Plan, shares: Iterable[Share]) -> Iterator[Found]:
+    return look_up(plan, shares, num_samples=split.num_samples, fingerprint=split.fingerprint)
 
 
 def _finished(
     plan: Plan,
-    found: _Found,
+    found: Found,
     images: NDArray[Any],
     labels: NDArray[Any],
     read_seconds: float,

@@ -22,7 +22,7 @@ import structlog
 
 from streamer import forking
 from streamer.bridge import Bridge
-from streamer.errors import RefusedError, SampleCorruptError, UnreachableError
+from streamer.errors import DataChangedError, RefusedError, SampleCorruptError, UnreachableError
 from streamer.plan import Plan, Remainder
 from streamer.replica import Batch, BrokenError, DatasetInfo, Replica, SplitInfo
 from streamer.retry import Retry
@@ -90,6 +90,8 @@ class SampleClient:
             for each in addresses
         ]
         self._address = ", ".join(replica.address for replica in self._replicas)
+        # By data set and split, so that only the first epoch begins with a question.
+        self._splits: dict[tuple[str, str], SplitInfo] = {}
 
     async def __aenter__(self) -> Self:
         forking.watch()
@@ -193,24 +195,37 @@ class SampleClient:
         """
         if 0 < end_position <= start_position:
             return
-        info = await self.split(plan)
-        plan = replace(plan, fingerprint=plan.fingerprint or info.fingerprint)
-        if len(self._replicas) == 1:
-            batches = self._read_one(plan, info, start_position, end_position)
-        else:
-            spreading = Spreading(
-                self._replicas,
-                plan,
-                info,
-                self._retry,
-                start_position=start_position,
-                end_position=end_position,
-                range_bytes=self._range_bytes,
-            )
-            batches = spreading.batches()
-        async with aclosing(batches):
+        known = self._splits.get((plan.dataset, plan.split))
+        if known is not None:
+            has_begun = False
+            try:
+                async with aclosing(self._read(plan, known, start_position, end_position)) as batches:
+                    async for batch in batches:
+                        has_begun = True
+                        yield batch
+                return
+            except DataChangedError:
+                # What was known may be out of date, and nobody has said which data it is to be.
+                if has_begun or plan.fingerprint:
+                    raise
+        info = self._splits[plan.dataset, plan.split] = await self.split(plan)
+        async with aclosing(self._read(plan, info, start_position, end_position)) as batches:
             async for batch in batches:
                 yield batch
+
+    def _read(self, plan: Plan, info: SplitInfo, start_position: int, end_position: int) -> AsyncGenerator[Batch, None]:
+        plan = replace(plan, fingerprint=plan.fingerprint or info.fingerprint)
+        if len(self._replicas) == 1:
+            return self._read_one(plan, info, start_position, end_position)
+        return Spreading(
+            self._replicas,
+            plan,
+            info,
+            self._retry,
+            start_position=start_position,
+            end_position=end_position,
+            range_bytes=self._range_bytes,
+        ).batches()
 
     async def _read_one(
         self, plan: Plan, info: SplitInfo, cursor: int, end_position: int

@@ -21,7 +21,8 @@ from rpc.address import is_loopback
 from streamer import wire
 from streamer.checksum import REQUEST_CHECKSUM, batch_checksum, request_checksum
 from streamer.errors import DataChangedError, PositionError, ReaderError, RefusedError, SampleCorruptError
-from streamer.order import Share, shares
+from streamer.lookup import Found, look_up
+from streamer.order import shares
 from streamer.plan import Plan, Remainder
 from streamer.stalls import Timings
 
@@ -126,39 +127,39 @@ class _Form:
 
 class _Watch:
     """
-    Ends what waits for too long in one of its ``with`` blocks: one timer, as one for each message costs more.
+    Cancels a call when a read of it, in one of its ``with`` blocks, takes too long.
 
-    The waiting task is cancelled, as asyncio.timeout does it: to cancel the call wakes no write to a peer that takes
-    connections and answers nothing.
+    One timer, as one for each message costs more than checking the message.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, call: Any, seconds: float) -> None:
+        self._call = call
         self._seconds = seconds
         self._ran_out = False
-        self._since = 0.0
-        # Another one may ask for each batch; None while none is waited for.
-        self._task: asyncio.Task[Any] | None = None
+        self._since: float | None = None
         self._loop = asyncio.get_running_loop()
         self._timer = self._loop.call_later(seconds, self._look)
 
     def __enter__(self) -> None:
-        self._since, self._task = self._loop.time(), asyncio.current_task()
+        self._since = self._loop.time()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        task, self._task = self._task, None
-        # The caller's own cancellation goes before.
-        if self._ran_out and task is not None and task.uncancel() == 0:
-            raise BrokenError(f"no batch for {self._seconds:g} s") from error
+        self._since = None
+        if self._ran_out and kind is not None:
+            task = asyncio.current_task()
+            # The caller's own cancellation goes before.
+            if task is None or not task.cancelling():
+                raise BrokenError(_silent_for(self._seconds)) from error
 
     def end(self) -> None:
         """Cancel nothing any more."""
         self._timer.cancel()
 
     def _look(self) -> None:
-        waited = 0.0 if self._task is None else self._loop.time() - self._since
-        if self._task is not None and waited >= self._seconds:
+        waited = 0.0 if self._since is None else self._loop.time() - self._since
+        if self._since is not None and waited >= self._seconds:
             self._ran_out = True
-            self._task.cancel()
+            self._call.cancel()
         else:
             self._timer = self._loop.call_later(self._seconds - waited, self._look)
 
@@ -301,15 +302,16 @@ class Replica:
         )
         planned = _planned(plan, info, start_position, end_position)
         call, owed, cursor = pull(metadata=_checksum_of(opening)), 0, start_position
-        watch = _Watch(self._stall_seconds)
+        watch = _Watch(call, self._stall_seconds)
         try:
-            await self._send(call, watch, pb.PullBatchesRequest(open=opening))
-            await self._send(call, watch, pb.PullBatchesRequest(grant_bytes=self._window_bytes))
+            await self._send(call, pb.PullBatchesRequest(open=opening))
+            await self._send(call, pb.PullBatchesRequest(grant_bytes=self._window_bytes))
             while True:
-                message, arrived_at = await self._receive(call, watch, cursor)
+                found = next(planned, None)
+                message, arrived_at = await self._receive(call, watch, cursor, found)
                 form = self._form(message.fields, form, cursor)
                 batch = self._checked(message, plan, cursor, form, arrived_at)
-                self._hold_against(next(planned, None), batch)
+                self._hold_against(found, batch)
                 if batch.end_of_epoch or 0 < end_position <= batch.next_position:
                     # Before the reader has its batch, so that nobody waits for the streamer's end of the call.
                     await _half_close(call)
@@ -320,7 +322,7 @@ class Replica:
                 cursor = batch.next_position
                 owed += len(message.images) + len(message.fields.labels)
                 if 2 * owed >= self._window_bytes:
-                    await self._send(call, watch, pb.PullBatchesRequest(grant_bytes=owed))
+                    await self._send(call, pb.PullBatchesRequest(grant_bytes=owed))
                     owed = 0
         except (BrokenError, SampleCorruptError, RefusedError):
             self._renew(channel)
@@ -330,12 +332,19 @@ class Replica:
             # An abandoned call is never cancelled by grpc.aio itself (grpc#43462).
             call.cancel()
 
-    async def _send(self, call: Any, watch: "_Watch", request: pb.PullBatchesRequest) -> None:
-        # A call that has ended takes nothing; why it has is what reading tells.
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError), watch:
-            await call.write(request)
+    async def _send(self, call: Any, request: pb.PullBatchesRequest) -> None:
+        # Not by a watch: to cancel the call wakes no write to a peer that takes connections and answers nothing.
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                # A call that has ended takes nothing; why it has is what reading tells.
+                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await call.write(request)
+        except TimeoutError as error:
+            raise BrokenError(_silent_for(self._stall_seconds)) from error
 
-    async def _receive(self, call: Any, watch: "_Watch", cursor: int) -> tuple[wire.Message, float]:
+    async def _receive(
+        self, call: Any, watch: "_Watch", cursor: int, found: Found | None
+    ) -> tuple[wire.Message, float]:
         try:
             with watch:
                 data = await call.read()
@@ -345,7 +354,7 @@ class Replica:
             raise BrokenError("the stream ended before the epoch did")
         arrived_at = time.perf_counter()
         try:
-            message = wire.decode(data)
+            message = wire.decode(data, (found.packed, found.indices) if found and found.packed else None)
         except DecodeError:
             self._refuse(cursor, "not a message that can be read")
         if message.fields.draining:
@@ -386,11 +395,11 @@ class Replica:
             _timings=fields.timings,
         )
 
-    def _hold_against(self, share: Share | None, batch: Batch) -> None:
+    def _hold_against(self, found: Found | None, batch: Batch) -> None:
         """Refuse a batch that is not the plan's next: no checksum covers how long an epoch is, and how it is cut."""
-        if share is None:
+        if found is None:
             self._refuse(batch.position, "nothing was to follow")
-        size = share.last - share.first
+        share, size = found.share, len(found.indices)
         if (batch.next_position, len(batch.labels), batch.end_of_epoch) != (
             share.next_position,
             size,
@@ -439,6 +448,10 @@ async def _hear_end(call: Any) -> None:
             await call.read()
 
 
+def _silent_for(seconds: float) -> str:
+    return f"no batch for {seconds:g} s"
+
+
 def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos / 1e9
 
@@ -462,10 +475,11 @@ def _dataset_info(message: pb.Dataset) -> DatasetInfo:
     return DatasetInfo(name=message.name, splits=splits, class_names=tuple(message.class_names))
 
 
-def _planned(plan: Plan, info: SplitInfo, start_position: int, end_position: int) -> Iterator[Share]:
+def _planned(plan: Plan, info: SplitInfo, start_position: int, end_position: int) -> Iterator[Found]:
     """Yield what has to come; nothing where the start lies past the end, which the streamer refuses."""
     with suppress(PositionError):
-        yield from shares(plan, info.num_samples, start_position=start_position, end_position=end_position)
+        wanted = shares(plan, info.num_samples, start_position=start_position, end_position=end_position)
+        yield from look_up(plan, wanted, num_samples=info.num_samples, fingerprint=info.fingerprint)
 
 
 def _extent(size: int, next_position: int, end_of_epoch: bool) -> str:

@@ -8,6 +8,7 @@ each, longer than most have to be and as valid: whole arrays are turned into the
 another way is left to protobuf.
 """
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,11 @@ _INDICES = pb.Batch.INDICES_FIELD_NUMBER << 3 | 2
 
 _MAX_VARINT_BYTES = 10
 
-_WIDTH = 4
-_MAX_WIDE = 1 << 7 * _WIDTH
+WIDTH = 4
+"""Bytes of an index, as :func:`pack_indices` writes it."""
+
+_MAX_WIDE = 1 << 7 * WIDTH
+_WIDE = np.dtype("<u4")
 # Of four bytes, as one little-endian number: all but the last say that another follows.
 _MARKS, _MARKED = np.uint32(0x80808080), np.uint32(0x00808080)
 # A product of floats is one call for all of them and exact below 2**53; the marks, worth the same in each, are taken
@@ -44,36 +48,40 @@ class Message(NamedTuple):
     """Their bytes, in the message or in a copy; read-only."""
 
 
-def pack_indices(indices: NDArray[np.int64]) -> NDArray[np.uint8] | None:
-    """Return each index as a varint of four bytes, shape (N, 4); None where one needs more."""
+def pack_indices(indices: NDArray[np.int64]) -> bytes | None:
+    """Return each index as a varint of four bytes; None where one needs more."""
     if indices.size and indices.max() >= _MAX_WIDE:
         return None
-    wide = indices.astype("<u4")
+    wide = indices.astype(_WIDE)
     marked = wide & 0x7F | (wide << 1) & 0x7F00 | (wide << 2) & 0x7F0000 | (wide << 3) & 0x7F000000 | _MARKED
-    return marked.view(np.uint8).reshape(-1, _WIDTH)
+    return marked.tobytes()
 
 
-def encode(fields: pb.Batch, packed_indices: NDArray[np.uint8] | None, images: memoryview) -> bytes:
+def encode(fields: pb.Batch, packed_indices: bytes | None, images: memoryview) -> bytes:
     """
     Return the message; the pixels are copied once.
 
     Args:
         fields: All but the images, and but the indices where those are packed.
-        packed_indices: By :func:`pack_indices`, C-contiguous.
+        packed_indices: By :func:`pack_indices`.
         images: C-contiguous.
     """
     parts: list[Any] = []
     if images.nbytes:
-        parts += (_IMAGES.to_bytes(), _varint(images.nbytes), images)
-    if packed_indices is not None and packed_indices.size:
-        parts += (_INDICES.to_bytes(), _varint(packed_indices.size), packed_indices.data)
+        parts += (_head(_IMAGES, images.nbytes), images)
+    if packed_indices:
+        parts += (_head(_INDICES, len(packed_indices)), packed_indices)
     parts.append(fields.SerializeToString())
     return b"".join(parts)
 
 
-def decode(data: bytes) -> Message:
+def decode(data: bytes, expected: tuple[bytes, NDArray[np.int64]] | None = None) -> Message:
     """
     Read a message.
+
+    Args:
+        data: The message.
+        expected: Indices that may well be in it, packed and as they are: to compare is quicker than to unpack.
 
     Raises:
         google.protobuf.message.DecodeError: Not a Batch.
@@ -84,7 +92,9 @@ def decode(data: bytes) -> Message:
         images = np.frombuffer(data, np.uint8, end - start, start)
     rest = end
     start, end = _content(data, rest, _INDICES)
-    if start:
+    if start and expected is not None and data[start:end] == expected[0]:
+        indices = expected[1].view(np.uint64)
+    elif start:
         indices = _unpacked(data, start, end)
     if indices is not None:
         rest = end
@@ -100,7 +110,7 @@ def decode(data: bytes) -> Message:
 
 def _content(data: bytes, place: int, tag: int) -> tuple[int, int]:
     """Return where the content of a field begins and ends that stands at ``place``; 0 and ``place`` for another one."""
-    if data[place : place + 1] != tag.to_bytes():
+    if place == len(data) or data[place] != tag:
         return 0, place
     size, start = _read_varint(data, place + 1)
     if start + size > len(data):
@@ -110,10 +120,10 @@ def _content(data: bytes, place: int, tag: int) -> tuple[int, int]:
 
 def _unpacked(data: bytes, start: int, end: int) -> NDArray[np.uint64] | None:
     """Read varints of four bytes each, None where they are others."""
-    if (end - start) % _WIDTH:
+    if (end - start) % WIDTH:
         return None
-    packed = np.frombuffer(data, np.uint8, end - start, start).reshape(-1, _WIDTH)
-    if ((packed.view("<u4") & _MARKS) != _MARKED).any():
+    packed = np.frombuffer(data, np.uint8, end - start, start).reshape(-1, WIDTH)
+    if ((packed.view(_WIDE) & _MARKS) != _MARKED).any():
         return None
     indices: NDArray[np.uint64] = (packed.dot(_PLACES) - _MARKS_WORTH).astype(np.uint64)
     return indices
@@ -128,10 +138,12 @@ def _read_varint(data: bytes, place: int) -> tuple[int, int]:
     raise DecodeError("a number without end")
 
 
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append((value & 0x7F) | 0x80)
-        value >>= 7
-    encoded.append(value)
+@lru_cache(maxsize=64)
+def _head(tag: int, size: int) -> bytes:
+    """Return what stands before a field's content; few sizes occur."""
+    encoded = bytearray((tag,))
+    while size > 0x7F:
+        encoded.append((size & 0x7F) | 0x80)
+        size >>= 7
+    encoded.append(size)
     return bytes(encoded)

@@ -26,7 +26,7 @@ fields = st.builds(
 )
 
 
-def packed(values: NDArray[np.int64]) -> NDArray[np.uint8]:
+def packed(values: NDArray[np.int64]) -> bytes:
     rows = pack_indices(values)
     assert rows is not None
     return rows
@@ -43,6 +43,16 @@ def test_message_is_the_one_that_protobuf_reads(fields: pb.Batch, values: NDArra
     message = encode(fields, packed(values), memoryview(pixels))
 
     assert pb.Batch.FromString(message) == whole(fields, values, pixels)
+
+
+@given(fields, indices, indices, images)
+def test_indices_are_those_in_the_message_whatever_was_expected(
+    fields: pb.Batch, values: NDArray[np.int64], expected: NDArray[np.int64], pixels: bytes
+) -> None:
+    message = encode(fields, packed(values), memoryview(pixels))
+
+    assert decode(message, (packed(expected), expected)).indices.tolist() == values.tolist()
+    assert decode(message, (packed(values), values)).indices.tolist() == values.tolist()
 
 
 @given(fields, indices, images)
@@ -82,7 +92,7 @@ def test_indices_of_any_size_are_read(fields: pb.Batch, values: list[int], pixel
 
 def test_index_that_needs_more_than_four_bytes_is_left_to_protobuf() -> None:
     assert pack_indices(np.array([1, FOUR_BYTES])) is None
-    assert packed(np.array([FOUR_BYTES - 1])).tobytes() == b"\xff\xff\xff\x7f"
+    assert packed(np.array([FOUR_BYTES - 1])) == b"\xff\xff\xff\x7f"
 
 
 def test_images_are_not_copied() -> None:
