@@ -15,10 +15,16 @@ from rpc.address import joined
 log = structlog.get_logger(__name__)
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+# What grpc.aio calls the task in which a server takes calls.
+_SERVING = "_server_main_loop"
 
 
 class PortTakenError(OSError):
     """Something else listens where this server should; the message names the address and the option."""
+
+
+class ServerDiedError(Exception):
+    """grpc.aio took no more calls; only a new process serves again."""
 
 
 class Stoppable(Protocol):
@@ -127,11 +133,19 @@ async def run_until_signalled(
         server: Already started.
         grace_seconds: How long calls in flight may take after the first signal.
         on_drain: Called at the first signal, before new calls are refused; tell health NOT_SERVING here.
+
+    Raises:
+        ServerDiedError: The server ended by itself.
     """
     first, second = asyncio.Event(), asyncio.Event()
-    with _signals(lambda: (second if first.is_set() else first).set()):
+    with _signals(lambda: (second if first.is_set() else first).set()), _deaths() as died:
+        signalled = asyncio.create_task(first.wait())
         try:
-            await first.wait()
+            await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                raise ServerDiedError(
+                    f"the gRPC server ended by itself: {died.result()}; its process has to be started again"
+                ) from died.result()
             log.info("draining", grace_seconds=grace_seconds)
             if on_drain is not None:
                 on_drain()
@@ -140,8 +154,36 @@ async def run_until_signalled(
             await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
             impatient.cancel()
         finally:
-            await server.stop(0)
+            signalled.cancel()
+            # One that has died cannot be stopped: grpc.aio says that it was cancelled.
+            if not died.done():
+                await server.stop(0)
     log.info("stopped")
+
+
+@contextmanager
+def _deaths() -> Iterator[asyncio.Future[BaseException]]:
+    """
+    Give a future that gets the error with which a server of this loop stops taking calls.
+
+    grpc.aio tells nobody: the port closes, calls under way hang, and wait_for_termination goes on waiting. A request
+    whose path is not UTF-8 is enough (grpcio 1.85), so whoever reaches the port can do that.
+    """
+    died: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+
+    def look(ended: asyncio.Task[object]) -> None:
+        error = None if ended.cancelled() else ended.exception()
+        if error is not None and not died.done():
+            died.set_result(error)
+
+    serving = [task for task in asyncio.all_tasks() if _SERVING in getattr(task.get_coro(), "__qualname__", "")]
+    for task in serving:
+        task.add_done_callback(look)
+    try:
+        yield died
+    finally:
+        for task in serving:
+            task.remove_done_callback(look)
 
 
 @contextmanager

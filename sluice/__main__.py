@@ -12,6 +12,7 @@ EXIT_INTERRUPTED = 130
 _ROOTS = (
     ("rpc.settings", "SettingsError", EXIT_USAGE),
     ("rpc.lifecycle", "PortTakenError", EXIT_FAILED),
+    ("rpc.lifecycle", "ServerDiedError", EXIT_FAILED),
     ("streamer.errors", "StreamerError", EXIT_FAILED),
     ("gateway.errors", "GatewayError", EXIT_FAILED),
     ("gateway.client", "ClientError", EXIT_FAILED),

@@ -21,10 +21,11 @@ from typing import Self, TypeVar
 import structlog
 
 from streamer import forking
+from streamer.answers import Batch, BrokenError, DatasetInfo, SplitInfo
 from streamer.bridge import Bridge
 from streamer.errors import DataChangedError, RefusedError, SampleCorruptError, UnreachableError
 from streamer.plan import Plan, Remainder
-from streamer.replica import Batch, BrokenError, DatasetInfo, Replica, SplitInfo
+from streamer.replica import Replica
 from streamer.retry import Retry
 from streamer.spreading import Spreading
 from streamer.stalls import StallReport, Stalls

@@ -38,7 +38,7 @@ def look_up(plan: Plan, shares: Iterable[Share], *, num_samples: int, fingerprin
     shares = iter(shares)
     block_length = max(1, _BLOCK_POSITIONS // plan.batch_size)
     while block := list(itertools.islice(shares, block_length)):
-        indices = order.indices(_positions(plan, block))
+        indices = order.indices(_positions(block))
         packed = wire.pack_indices(indices)
         first = 0
         for share in block:
@@ -47,8 +47,9 @@ def look_up(plan: Plan, shares: Iterable[Share], *, num_samples: int, fingerprin
             first = last
 
 
-def _positions(plan: Plan, block: list[Share]) -> NDArray[np.int64]:
-    if plan.world_size == 1:
-        # One after another.
-        return np.arange(block[0].first, block[-1].last)
+def _positions(block: list[Share]) -> NDArray[np.int64]:
+    first, last = block[0].first, block[-1].last
+    if last - first == sum(share.last - share.first for share in block):
+        # One after another, as of a rank that reads alone.
+        return np.arange(first, last)
     return np.concatenate([np.arange(share.first, share.last) for share in block])

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from streamer.answers import Batch, BrokenError, SplitInfo
 from streamer.errors import RefusedError, SampleCorruptError, UnreachableError
 from streamer.plan import Plan, Remainder
-from streamer.replica import Batch, BrokenError, Replica, SplitInfo
+from streamer.replica import Replica
 from streamer.retry import Retry
 
 log = structlog.get_logger(__name__)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import sluice.__main__
-from streamer import batches, servicer
+from streamer import lookup, servicer
 from streamer.order import Order, Share, shares
 from streamer.plan import Plan
 
@@ -58,7 +58,7 @@ def _patch(module: object, name: str, broken: object) -> Callable[[], None]:
 
 
 FAULTS = {
-    "drops": _patch(batches, "Order", _DroppingOrder),
+    "drops": _patch(lookup, "Order", _DroppingOrder),
     "shortens": _patch(servicer, "shares", _shortened),
     "repeats": _patch(servicer, "shares", _repeating),
     "swaps": _patch(servicer, "shares", _swapping),

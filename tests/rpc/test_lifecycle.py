@@ -4,11 +4,12 @@ import asyncio
 import os
 import signal
 import socket
+from typing import Any
 
 import grpc
 import pytest
 
-from rpc.lifecycle import PortTakenError, bind, listen, reserve, run_until_signalled
+from rpc.lifecycle import PortTakenError, ServerDiedError, bind, listen, reserve, run_until_signalled
 
 
 class Slow:
@@ -118,3 +119,18 @@ def test_taken_port_is_not_reserved() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port"):
             reserve("127.0.0.1", port, option="--port").close()
+
+
+async def test_server_that_died_ends_its_process() -> None:
+    """A path that is not UTF-8 ends the loop in which grpc.aio takes calls, and it tells nobody."""
+    server, port = await _serve(Slow())
+    running = asyncio.create_task(run_until_signalled(server, grace_seconds=30))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        path: Any = b"/a\xafb/c"
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        call = method(b"")
+        try:
+            with pytest.raises(ServerDiedError, match="started again"):
+                await asyncio.wait_for(running, 30)
+        finally:
+            call.cancel()

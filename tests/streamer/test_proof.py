@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import streamer.batches
+import streamer.lookup
 import streamer.servicer
 from streamer.client import SampleClient
 from streamer.ledger import Ledger, LedgerError
@@ -600,7 +600,7 @@ class DroppingOrder(Order):
 async def test_streamer_that_drops_one_in_10_000_is_caught(
     large: StreamerServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streamer.batches, "Order", DroppingOrder)
+    monkeypatch.setattr(streamer.lookup, "Order", DroppingOrder)
     await read_epoch(large, tmp_path / "ledger", Plan(dataset="mnist", seed=3, batch_size=256))
 
     assert judged(tmp_path / "ledger") == (6 * 256, 0, 6 * 256, 0)
