@@ -19,7 +19,7 @@ from benchmarks.report import RESULTS, surroundings, table
 from benchmarks.stage import stage
 from streamer.client import Plan
 from streamer.loading import StreamedDataset, TensorBatch
-from streamer.stalls import StallReport, Timings
+from streamer.stalls import StallReport
 from training.config import BudgetConfig, DataConfig, TrainConfig
 from training.loop import fit
 from training.model import Network
@@ -79,7 +79,6 @@ class Memory:
                 next_position=last,
                 end_of_epoch=last == len(self),
                 origin=self._origin,
-                _told=Timings(),
             )
 
 
@@ -96,15 +95,15 @@ async def main() -> None:
 
 def measure(streamer: str) -> list[Round]:
     """Train epochs in turn; the first of each does not count."""
-    dataset = StreamedDataset(streamer, PLAN)
-    memory = Memory(dataset)
+    with StreamedDataset(streamer, PLAN) as dataset:
+        memory = Memory(dataset)
     rounds = []
     for number in range(ROUNDS + 1):
-        streamed = StreamedDataset(streamer, PLAN)
-        streamed.set_epoch(number)
-        # Whoever is second finds the machine as the first left it.
-        turns: dict[str, Iterable[TensorBatch]] = {"memory": memory, "streamed": streamed}
-        seconds = {name: train(turns[name], len(memory)) for name in sorted(turns, reverse=number % 2 == 1)}
+        with StreamedDataset(streamer, PLAN) as streamed:
+            streamed.set_epoch(number)
+            # Whoever is second finds the machine as the first left it.
+            turns: dict[str, Iterable[TensorBatch]] = {"memory": memory, "streamed": streamed}
+            seconds = {name: train(turns[name], len(memory)) for name in sorted(turns, reverse=number % 2 == 1)}
         if number:
             rounds.append(
                 Round(memory_seconds=seconds["memory"], streamed_seconds=seconds["streamed"], report=streamed.report())

@@ -60,8 +60,8 @@ def factors_table(outcome: Outcome, comparisons: Iterable[Comparison]) -> str:
     for each in comparisons:
         factor = outcome.factor(each)
         shown = [_factor(value) for value in (factor.median, factor.lowest, factor.highest)] if factor else ["-"] * 3
-        rows.append([f"{each.ours} / {each.theirs}", *shown, "" if each.asked is None else f"{each.asked:g}"])
-    return table(("", "factor, median", "lowest", "highest", "asked: at least"), rows)
+        rows.append([f"{each.ours} / {each.theirs}", *shown, *_asked(each, factor)])
+    return table(("", "factor, median", "lowest", "highest", "asked: at least", ""), rows)
 
 
 def trials_table(outcome: Outcome) -> str:
@@ -104,6 +104,13 @@ def _row(outcome: Outcome, name: str) -> list[str]:
         f"{reader / items:,.2f}",
         f"{server / items:,.2f}" if server else "",
     ]
+
+
+def _asked(comparison: Comparison, factor: Spread | None) -> tuple[str, str]:
+    if comparison.asked is None:
+        return "", ""
+    is_met = factor is not None and factor.median >= comparison.asked
+    return f"{comparison.asked:g}", "met" if is_met else "missed"
 
 
 def _factor(value: float) -> str:

@@ -137,8 +137,9 @@ class GatewayServer:
         endpoint = Endpoint(self._metrics.registry, settings.host, settings.metrics_port, option=_METRICS_PORT_OPTION)
         stack.callback(endpoint.close)
         self.metrics_url = endpoint.url
+        self.guard = Guard(self._metrics.methods)
         server = grpc.aio.server(
-            interceptors=(Guard(self._metrics.methods),),
+            interceptors=(self.guard,),
             options=_options(settings),
             maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
         )
@@ -163,7 +164,12 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
         log.info("listening", address=gateway.address, metrics=gateway.metrics_url)
         if on_ready is not None:
             on_ready(gateway.address)
-        await run_until_signalled(gateway.grpc_server, grace_seconds=settings.drain_seconds, on_drain=gateway.drain)
+        await run_until_signalled(
+            gateway.grpc_server,
+            grace_seconds=settings.drain_seconds,
+            on_drain=gateway.drain,
+            wait_idle=gateway.guard.wait_idle,
+        )
 
 
 def _options(settings: GatewaySettings) -> list[tuple[str, int]]:

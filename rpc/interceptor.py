@@ -49,6 +49,7 @@ class Guard(grpc.aio.ServerInterceptor):
     ) -> None:
         self._metrics = metrics or {}
         self._idle_seconds = idle_seconds
+        self._running = _Running()
         # As many as there are methods.
         self._guarded: dict[str, Handler] = {}
 
@@ -65,11 +66,37 @@ class Guard(grpc.aio.ServerInterceptor):
             # No handler: unknown method, answered UNIMPLEMENTED by grpc itself.
             if handler is None:
                 return None
-            guarded = self._guarded[method] = _guard(method, handler, self._metrics.get(method), self._idle_seconds)
+            guarded = self._guarded[method] = _guard(
+                method, handler, self._metrics.get(method), self._idle_seconds, self._running
+            )
         return guarded
 
+    async def wait_idle(self) -> None:
+        """Wait until no handler runs."""
+        await self._running.none.wait()
 
-def _guard(method: str, handler: Handler, metrics: MethodMetrics | None, idle_seconds: float | None) -> Handler:
+
+class _Running:
+    """How many handlers run; use as ``with``, once for each."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self.none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if not self._count:
+            self.none.set()
+
+
+def _guard(
+    method: str, handler: Handler, metrics: MethodMetrics | None, idle_seconds: float | None, running: _Running
+) -> Handler:
     parse = handler.request_deserializer or bytes
     open_request: Any
     respond: Any
@@ -146,7 +173,13 @@ def _guard(method: str, handler: Handler, metrics: MethodMetrics | None, idle_se
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
     }[bool(handler.request_streaming), bool(handler.response_streaming)]
-    guarded: Handler = wrap(stream if handler.response_streaming else unary, None, handler.response_serializer)
+    respond_guarded = stream if handler.response_streaming else unary
+
+    async def counted(data: Any, context: Context) -> Any:
+        with running:
+            return await respond_guarded(data, context)
+
+    guarded: Handler = wrap(counted, None, handler.response_serializer)
     return guarded
 
 

@@ -3,9 +3,9 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -14,6 +14,7 @@ from rpc.address import joined
 
 log = structlog.get_logger(__name__)
 
+_SETTLING_SECONDS = 0.5
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 # What grpc.aio calls the task in which a server takes calls.
 _SERVING = "_server_main_loop"
@@ -122,7 +123,11 @@ def _taken(host: str, port: int, option: str) -> PortTakenError:
 
 
 async def run_until_signalled(
-    server: Stoppable, *, grace_seconds: float, on_drain: Callable[[], object] | None = None
+    server: Stoppable,
+    *,
+    grace_seconds: float,
+    on_drain: Callable[[], object] | None = None,
+    wait_idle: Callable[[], Coroutine[Any, Any, None]] | None = None,
 ) -> None:
     """
     Serve until SIGTERM or SIGINT, then refuse new calls and let those in flight finish.
@@ -133,6 +138,8 @@ async def run_until_signalled(
         server: Already started.
         grace_seconds: How long calls in flight may take after the first signal.
         on_drain: Called at the first signal, before new calls are refused; tell health NOT_SERVING here.
+        wait_idle: Waits until no call is in flight. gRPC itself goes on waiting for every connection to answer its
+            goodbye, which a peer that hangs never does.
 
     Raises:
         ServerDiedError: The server ended by itself.
@@ -150,15 +157,24 @@ async def run_until_signalled(
             if on_drain is not None:
                 on_drain()
             stopping = asyncio.create_task(server.stop(grace_seconds))
-            impatient = asyncio.create_task(second.wait())
-            await asyncio.wait({stopping, impatient}, return_when=asyncio.FIRST_COMPLETED)
-            impatient.cancel()
+            sooner: list[asyncio.Task[Any]] = [asyncio.create_task(second.wait())]
+            if wait_idle is not None:
+                sooner.append(asyncio.create_task(_settled(wait_idle)))
+            await asyncio.wait((stopping, *sooner), return_when=asyncio.FIRST_COMPLETED)
+            for each in sooner:
+                each.cancel()
         finally:
             signalled.cancel()
             # One that has died cannot be stopped: grpc.aio says that it was cancelled.
             if not died.done():
                 await server.stop(0)
     log.info("stopped")
+
+
+async def _settled(wait_idle: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    await wait_idle()
+    # What was answered last is on its way.
+    await asyncio.sleep(_SETTLING_SECONDS)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ class Bridge(Generic[Item]):
     """
     Runs a generator in an event loop of its own; iterate over it once.
 
-    Leaving the loop or the ``with`` in any way, KeyboardInterrupt included, closes the generator and ends the thread.
+    Leaving the loop or the ``with`` in any way, KeyboardInterrupt included, closes the generator and ends the thread,
+    which starts when the first item is asked for.
 
     Args:
         generate: Makes the generator, in the thread.
@@ -37,6 +38,8 @@ class Bridge(Generic[Item]):
         self._room: asyncio.Event | None = None
         self._started = threading.Event()
         self._thread: threading.Thread | None = None
+        self._is_taken = False
+        self._is_closing = False
 
     def __enter__(self) -> Self:
         return self
@@ -47,16 +50,20 @@ class Bridge(Generic[Item]):
         self.close()
 
     def __iter__(self) -> Generator[Item, None, None]:
-        """Start the thread; what the generator raises is raised in the loop."""
-        if self._thread is not None:
+        """
+        Read the items; what the generator raises is raised in the loop.
+
+        Raises:
+            ReaderError: It was read before, or, in the loop, the generator was cancelled by something but ``close``.
+        """
+        if self._is_taken:
             raise ReaderError("this was read already, and is read once: make another one for another pass")
-        # Daemon: an interpreter that dies in the middle must not wait for it.
-        self._thread = threading.Thread(target=self._run, name="sluice-batch-reader", daemon=True)
-        self._thread.start()
+        self._is_taken = True
         return self._take()
 
     def close(self) -> None:
         """Close the generator and end the thread; harmless when done already."""
+        self._is_closing = True
         if self._thread is None or not self._thread.is_alive():
             return
         self._started.wait()
@@ -65,7 +72,11 @@ class Bridge(Generic[Item]):
         self._thread.join()
 
     def _take(self) -> Generator[Item, None, None]:
+        # Not before: an iterator that nobody takes an item of runs no ``finally``, and would leave the thread behind.
+        # Daemon: an interpreter that dies in the middle must not wait for it.
+        self._thread = threading.Thread(target=self._run, name="sluice-batch-reader", daemon=True)
         try:
+            self._thread.start()
             while (item := self._arrived.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
@@ -87,10 +98,12 @@ class Bridge(Generic[Item]):
         end: BaseException | None = None
         try:
             asyncio.run(self._pump())
-        except asyncio.CancelledError:
-            pass
         except BaseException as error:
-            end = error
+            if not isinstance(error, asyncio.CancelledError):
+                end = error
+            elif not self._is_closing:
+                end = ReaderError("reading was cancelled before its end, and not by who reads")
+                end.__cause__ = error
             # Whoever keeps the error would keep the connections that its frames know of.
             cause: BaseException | None = error
             while cause is not None:
@@ -105,6 +118,8 @@ class Bridge(Generic[Item]):
         self._task = asyncio.current_task()
         self._room = asyncio.Event()
         self._started.set()
+        if self._is_closing:
+            return
         async with aclosing(self._generate()) as items:
             async for item in items:
                 self._arrived.put((item,))

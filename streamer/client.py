@@ -1,5 +1,5 @@
 """
-The async client of the streamer, and a bridge from it to a plain ``for`` loop.
+The clients of the streamer: in asyncio, and in a plain ``for`` loop.
 
 ::
 
@@ -24,6 +24,7 @@ from streamer import forking
 from streamer.answers import Batch, BrokenError, DatasetInfo, SplitInfo
 from streamer.bridge import Bridge
 from streamer.errors import DataChangedError, RefusedError, SampleCorruptError, UnreachableError
+from streamer.order import ends_at
 from streamer.plan import Plan, Remainder
 from streamer.replica import Replica
 from streamer.retry import Retry
@@ -152,9 +153,10 @@ class SampleClient:
 
     async def split(self, plan: Plan) -> SplitInfo:
         """
-        Describe the split that a plan reads.
+        Describe the split that a plan reads, as the first replica does that has the plan's data.
 
         Raises:
+            DataChangedError: None has the data whose fingerprint the plan names.
             RefusedError: There is none of that name.
             UnreachableError: Nothing answers, for longer than :class:`Retry` allows for a first batch.
         """
@@ -162,7 +164,9 @@ class SampleClient:
         was_refused = False
         for attempts in itertools.count(1):
             try:
-                return await self._ask(lambda replica: replica.split_info(plan))
+                info = await self._ask(lambda replica: replica.split_info(plan))
+                self._splits[plan.dataset, plan.split] = info
+                return info
             except (BrokenError, RefusedError) as error:
                 # As below: it counts when it comes again.
                 if isinstance(error, RefusedError) and was_refused:
@@ -196,23 +200,26 @@ class SampleClient:
         """
         if 0 < end_position <= start_position:
             return
-        known = self._splits.get((plan.dataset, plan.split))
-        if known is not None:
-            has_begun = False
+        key, has_begun = (plan.dataset, plan.split), False
+        while True:
+            known = self._splits.get(key)
+            if known is not None and plan.fingerprint not in (b"", known.fingerprint):
+                known = None
+            info = known or await self.split(plan)
             try:
-                async with aclosing(self._read(plan, known, start_position, end_position)) as batches:
+                async with aclosing(self._read(plan, info, start_position, end_position)) as batches:
                     async for batch in batches:
                         has_begun = True
+                        if not batch.end_of_epoch and ends_at(plan, info.num_samples, batch.next_position):
+                            # What follows is the empty batch of a rank that gets nothing of the last ones.
+                            batch = replace(batch, end_of_epoch=True)
                         yield batch
                 return
             except DataChangedError:
                 # What was known may be out of date, and nobody has said which data it is to be.
-                if has_begun or plan.fingerprint:
+                if known is None or has_begun or plan.fingerprint:
                     raise
-        info = self._splits[plan.dataset, plan.split] = await self.split(plan)
-        async with aclosing(self._read(plan, info, start_position, end_position)) as batches:
-            async for batch in batches:
-                yield batch
+                del self._splits[key]
 
     def _read(self, plan: Plan, info: SplitInfo, start_position: int, end_position: int) -> AsyncGenerator[Batch, None]:
         plan = replace(plan, fingerprint=plan.fingerprint or info.fingerprint)
@@ -335,11 +342,6 @@ class BatchReader:
         self._end_position = end_position
         self._bridge = Bridge(self._read, ahead=prefetch_batches)
         self._stalls = Stalls()
-
-    @property
-    def waited_seconds(self) -> float:
-        """Time the loop has spent waiting for batches so far."""
-        return self.report().waited_seconds
 
     def report(self, *, cpus: int | None = None) -> StallReport:
         """

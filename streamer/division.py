@@ -64,13 +64,17 @@ class Division:
             plan = replace(self.plan, world_size=num_workers * self.plan.world_size, rank=place)
             yield Leg(plan, self.start_position, end, behind, self._length)
         last = end + behind
-        if self.num_samples - last >= (self._length if self.plan.remainder is Remainder.DROP else 1):
+        if not self.is_over(last):
             yield Leg(self.plan, last, last + 1, 0, 0)
+
+    def is_over(self, position: int) -> bool:
+        """Tell whether no rank has anything to read from a global batch's end on."""
+        left = self.num_samples - position
+        return left < (self._length if self.plan.remainder is Remainder.DROP else 1)
 
     def ends_at(self, position: int) -> bool:
         """Tell whether the rank has nothing to read from a global batch's end on."""
-        left = self.num_samples - position
-        if self.plan.remainder is Remainder.DROP:
-            return left < self._length
         # Ranks with low numbers get what does not go round.
-        return left <= self.plan.rank
+        return self.is_over(position) or (
+            self.plan.remainder is Remainder.KEEP and self.num_samples - position <= self.plan.rank
+        )

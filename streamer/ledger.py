@@ -28,11 +28,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 import google_crc32c
 import numpy as np
@@ -43,6 +44,10 @@ from streamer.plan import Plan, Remainder
 
 FORMAT = 1
 """Of the file; another one is refused."""
+
+# A lock belongs to all that have the open file, and a fork would keep it beyond the death of who took it.
+_ours: "WeakSet[Ledger]" = WeakSet()
+_is_watching = False
 
 
 class LedgerError(StreamerError):
@@ -71,7 +76,7 @@ class Delivered(Protocol):
 
 class Ledger:
     """
-    Appends to a ledger file; use as ``with``. Threads may share one, processes may not.
+    Appends to a ledger file; use as ``with``. Threads may share one, processes may not: what is forked has it closed.
 
     Args:
         path: Made when missing; its folder has to exist.
@@ -85,6 +90,8 @@ class Ledger:
         self._begun = 0
         self._lock = threading.Lock()
         self._descriptor: int | None = None
+        _watch_forks()
+        _ours.add(self)
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._take()
@@ -151,7 +158,7 @@ class Ledger:
         line = b"%08x%b\n" % (google_crc32c.value(content), content)
         with self._lock:
             if self._descriptor is None:
-                raise LedgerError(self._path, "closed")
+                raise LedgerError(self._path, "closed, or opened by the process that this one was forked from")
             try:
                 # On a full disk the rest of a short write fails, and says why.
                 while line := line[os.write(self._descriptor, line) :]:
@@ -178,14 +185,37 @@ class Ledger:
                 os.close(folder)
 
     def _give_up(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            # Closing it leaves the lock to whoever got the open file by a fork that Python does not know of.
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+    def _let_go(self) -> None:
+        """Close the file in a process that was just forked; the lock stays with the process that took it."""
+        # Another thread may have held it at the fork, and there is no other thread here.
+        self._lock = threading.Lock()
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _unusable(self, error: OSError) -> LedgerError:
         is_taken = isinstance(error, BlockingIOError)
         problem = "another process writes to it; give each its own" if is_taken else error.strerror or str(error)
         return LedgerError(self._path, f"cannot be written: {problem}")
+
+
+def _watch_forks() -> None:
+    global _is_watching
+    if not _is_watching:
+        os.register_at_fork(after_in_child=_let_go)
+        _is_watching = True
+
+
+def _let_go() -> None:
+    for ledger in list(_ours):
+        ledger._let_go()
 
 
 class Delivery:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsInt
 
 import numpy as np
 import torch
@@ -47,6 +47,16 @@ __all__ = ["StreamedDataset", "StreamedLoader", "TensorBatch"]
 # Measured with one worker on two cores: 200 kB take 0.5 ms by value and 1.2 ms in shared memory, 2 MB the same.
 _SMALL_BYTES = 1024**2
 
+# Options of a DataLoader that a stream leaves nothing to do for.
+_SETTLED = {
+    "batch_size": "Plan(batch_size=...) says it, and batches come whole",
+    "shuffle": "Plan(seed=...) says the order; None is that of the file",
+    "sampler": "Plan(seed=...) says the order; None is that of the file",
+    "batch_sampler": "Plan(seed=..., batch_size=...) says what makes a batch",
+    "drop_last": "Plan(remainder=Remainder.DROP) does it",
+    "collate_fn": "batches come whole; change them in the loop, or by Plan(transform=...) on the streamer",
+}
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TensorBatch:
@@ -66,17 +76,8 @@ class TensorBatch:
     """Nothing follows for this rank in this epoch."""
     origin: Origin = field(repr=False)
     """The pass that it is from."""
-    _told: Batch | Timings = field(repr=False)
-    _sent_at: float | None = field(default=None, repr=False)
-
-    @property
-    def timings(self) -> Timings:
-        """Where its time went; the way out of a worker counts as decoding."""
-        timings = self._told if isinstance(self._told, Timings) else self._told.timings
-        if self._sent_at is None:
-            return timings
-        # Processes of one machine share this clock.
-        return replace(timings, decode_seconds=timings.decode_seconds + time.perf_counter() - self._sent_at)
+    timings: Timings = field(default=Timings(), repr=False)
+    """Where its time went until it was here; the way out of a worker counts as decoding."""
 
     def pin_memory(self) -> "TensorBatch":
         """Copy images and labels to page-locked memory, from which a GPU reads while the CPU goes on."""
@@ -112,8 +113,12 @@ def _sent(tensor: torch.Tensor) -> torch.Tensor | NDArray[Any]:
     return tensor.numpy() if tensor.device.type == "cpu" and tensor.nbytes <= _SMALL_BYTES else tensor
 
 
-def _received(images: torch.Tensor | NDArray[Any], labels: torch.Tensor | NDArray[Any], *others: Any) -> TensorBatch:
-    return TensorBatch(_tensor(images), _tensor(labels), *others)
+def _received(images: Any, labels: Any, *others: Any) -> TensorBatch:
+    *facts, sent_at = others
+    batch = TensorBatch(_tensor(images), _tensor(labels), *facts)
+    # Processes of one machine share this clock.
+    seconds = batch.timings.decode_seconds + max(0.0, time.perf_counter() - sent_at)
+    return replace(batch, timings=replace(batch.timings, decode_seconds=seconds))
 
 
 class StreamedDataset(IterableDataset[TensorBatch]):
@@ -123,10 +128,11 @@ class StreamedDataset(IterableDataset[TensorBatch]):
     Loop over it as it is, over ``StreamedLoader(dataset, num_workers=2)``, or over a plain
     ``DataLoader(dataset, batch_size=None)``: whatever the number of workers, the same batches come in the same order.
     Rank and world size are those of ``torch.distributed`` where it is initialised, else of RANK and WORLD_SIZE in the
-    environment as ``torchrun`` sets them, else the plan's.
+    environment as ``torchrun`` sets them, else the plan's; with ``distributed=False`` always the plan's.
 
     A pass begins at the cursor: where the last :meth:`commit` left it, or :meth:`set_epoch`, or :meth:`load_state`. So
-    one that was left early goes on behind the last batch committed, and one of which nothing was committed comes again.
+    one that was left early goes on behind the last batch committed, and one of which nothing was committed comes again;
+    one that had no batch for this rank is followed by the next epoch's.
     Leaving the loop in any way, KeyboardInterrupt included, ends calls and threads.
 
     Not thread-safe. With worker processes this one makes no connection.
@@ -134,6 +140,7 @@ class StreamedDataset(IterableDataset[TensorBatch]):
     Args:
         address: ``host:port`` of the streamer, or several, separated by commas.
         plan: The order, and with neither ``torch.distributed`` nor ``torchrun`` the rank's share of it.
+        distributed: Whether these two are asked; False for a process that reads by itself whatever surrounds it.
         ledger: A file of this process' own, or an open ledger, that proves what was trained on.
         step: Batches in the weights at the start, for the ledger, by a count that all ranks share and that
             :meth:`commit` goes on with; None where nobody counts. :meth:`load_state` sets it.
@@ -146,8 +153,9 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         address: str,
         plan: Plan,
         *,
+        distributed: bool = True,
         ledger: Ledger | Path | str | None = None,
-        step: int | None = None,
+        step: SupportsInt | None = None,
         prefetch_batches: int = 8,
         retry: Retry | None = None,
     ) -> None:
@@ -155,6 +163,7 @@ class StreamedDataset(IterableDataset[TensorBatch]):
             raise ValueError(f"prefetch_batches: {prefetch_batches}; at least 1 is allowed")
         SampleClient(address)  # refuses what is no address
         forking.watch()
+        step = _count(step)
         self._address = address
         self._plan = plan
         self._retry = retry
@@ -162,11 +171,13 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         self._recording = None if ledger is None else Recording(ledger, step=step)
         self._stalls = Stalls()
         self._num_workers = 0
-        self._cursor = Cursor(epoch=plan.epoch, step=step)
+        # What is committed, and where the next pass begins: not the same for a rank without a share of an epoch's last
+        # global batch, which cannot know whether the others are through with that.
+        self._cursor = self._begin = Cursor(epoch=plan.epoch, step=step)
         # Epochs before it are in the weights of the checkpoint that was loaded.
         self._first_epoch = 0
         self._is_behind = False
-        self._is_placed = False
+        self._is_placed = not distributed
         self._has_batches = False
         self._announcements = _Announcements()
         # Which of them this process knows of, and whether it is a worker that has begun a pass.
@@ -187,12 +198,13 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         """
         if not 0 <= epoch < 1 << 32:
             raise ValueError(f"epoch: {epoch}; 0 to {(1 << 32) - 1} are allowed")
+        epoch = int(epoch)
         self._is_behind = epoch < self._first_epoch
-        if not self._is_behind and epoch != self._cursor.epoch:
-            self._cursor = Cursor(epoch=epoch, step=self._cursor.step)
-        self._announced = self._announcements.make(self._cursor, is_behind=self._is_behind)
+        if not self._is_behind and epoch != self._begin.epoch:
+            self._cursor = self._begin = Cursor(epoch=epoch, step=self._cursor.step)
+        self._announced = self._announcements.make(self._begin, is_behind=self._is_behind)
 
-    def commit(self, batch: TensorBatch, *, step: int | None = None) -> None:
+    def commit(self, batch: TensorBatch, *, step: SupportsInt | None = None) -> None:
         """
         Move the cursor behind a batch: it is in the weights, and so is all before it. Call it after the optimizer step.
 
@@ -207,13 +219,14 @@ class StreamedDataset(IterableDataset[TensorBatch]):
             LedgerError: The ledger cannot be written.
             ReaderError: The batch is not one of this data set.
         """
+        step = _count(step)
         self._note(batch)
         if self._recording is not None:
             self._recording.commit(batch, batch.origin, step)
         self._advance(batch, step)
 
     @contextmanager
-    def committing(self, batch: TensorBatch, *, step: int | None = None) -> Iterator[None]:
+    def committing(self, batch: TensorBatch, *, step: SupportsInt | None = None) -> Iterator[None]:
         """
         Commit around the writing of a checkpoint, which happens inside and has :meth:`state` in it.
 
@@ -222,8 +235,9 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         With a ledger every batch has to be known. With workers only :class:`StreamedLoader` tells of them.
         Arguments and errors are those of :meth:`commit`.
         """
+        step = _count(step)
         self._note(batch)
-        before = self._cursor
+        before = self._cursor, self._begin
         self._advance(batch, step)
         try:
             if self._recording is None:
@@ -232,15 +246,15 @@ class StreamedDataset(IterableDataset[TensorBatch]):
                 with self._recording.committing(batch, batch.origin, step):
                     yield
         except BaseException:
-            self._cursor = before
+            self._cursor, self._begin = before
             raise
 
     def state(self) -> dict[str, Any]:
         """
         Return the cursor with plan and fingerprint, for a checkpoint: small, and fit for JSON.
 
-        Ranks that have made the same steps have the same one. After an epoch's last batch it is the next one's
-        beginning.
+        Ranks that have made the same steps have the same one. After an epoch's last global batch it is the next one's
+        beginning; for a rank that has no share of that, from its first commit in the next epoch.
         """
         return to_state(self._cursor, self._placed())
 
@@ -252,9 +266,10 @@ class StreamedDataset(IterableDataset[TensorBatch]):
             StateError: It belongs to another plan or other data; the message names the field.
         """
         self._cursor, fingerprint = from_state(state, self._plan)
+        self._begin = self._cursor
         self._plan = replace(self._plan, fingerprint=self._plan.fingerprint or fingerprint)
         self._first_epoch, self._is_behind = self._cursor.epoch, False
-        self._announced = self._announcements.make(self._cursor, is_behind=False)
+        self._announced = self._announcements.make(self._begin, is_behind=False)
         if self._recording is not None:
             self._recording.resume(self._cursor.step)
 
@@ -297,8 +312,7 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         """
         worker = get_worker_info()
         if worker is None:
-            cursor = None if self._is_behind else self._cursor
-            return self._watched(self._read(cursor, 0, 1), num_workers=0)
+            return self._watched(self._read(self._upcoming, 0, 1), num_workers=0)
         # Now, not when the first batch is asked for: by then the cursor may have moved.
         try:
             begin: Cursor | ReaderError | None = self._next_pass()
@@ -317,18 +331,23 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         place = _place()
         return self._plan if place is None else replace(self._plan, rank=place[0], world_size=place[1])
 
+    @property
+    def _upcoming(self) -> Cursor | None:
+        """Where the next pass begins; None where its epoch is behind."""
+        return None if self._is_behind else self._begin
+
     def _next_pass(self) -> Cursor | None:
         """Return where a worker begins; None where there is nothing to read."""
         if self._worker == os.getpid():
             announced = self._announced
-            self._announced, self._cursor, self._is_behind = self._announcements.latest()
+            self._announced, self._begin, self._is_behind = self._announcements.latest()
             if self._announced == announced:
                 raise ReaderError(
                     "with persistent_workers, call set_epoch before each pass: they are told of nothing else"
                 )
         # The first pass is the one that was to come when this copy was made.
         self._worker = os.getpid()
-        return None if self._is_behind else self._cursor
+        return self._upcoming
 
     def _read(self, cursor: Cursor | None, worker: int, num_workers: int) -> Generator[TensorBatch, None, None]:
         if cursor is None:
@@ -368,11 +387,16 @@ class StreamedDataset(IterableDataset[TensorBatch]):
     def _watched(self, batches: Iterator[TensorBatch], *, num_workers: int) -> Generator[TensorBatch, None, None]:
         """Yield what comes to the process that trains, and note it."""
         self._num_workers = num_workers
+        begin = self._upcoming
 
         def noted() -> Generator[TensorBatch, None, None]:
+            is_empty = True
             for batch in batches:
+                is_empty = False
                 self._note(batch)
                 yield batch
+            if is_empty and begin is not None and begin == self._begin:
+                self._pass_over(begin)
 
         return self._stalls.watch(noted(), attrgetter("timings"))
 
@@ -381,6 +405,12 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         self._pin(batch)
         if self._recording is not None:
             self._recording.receive(batch, batch.origin)
+
+    def _pass_over(self, begin: Cursor) -> None:
+        """Go on with the next epoch where a pass had nothing for this rank; what others have of it, is not known."""
+        self._begin = Cursor(epoch=begin.epoch + 1, step=begin.step)
+        if self._recording is not None:
+            self._recording.skip()
 
     def _pin(self, batch: TensorBatch) -> None:
         """Hold all that comes to the data that the first batch was from."""
@@ -395,11 +425,12 @@ class StreamedDataset(IterableDataset[TensorBatch]):
             raise DataChangedError(self._address, "FAILED_PRECONDITION", "fingerprint: other data than before came")
 
     def _advance(self, batch: TensorBatch, step: int | None) -> None:
-        epoch = batch.origin.plan.epoch
-        if batch.end_of_epoch:
-            self._cursor = Cursor(epoch=epoch + 1, step=step)
-        else:
-            self._cursor = Cursor(epoch=epoch, position=batch.next_position, step=step)
+        origin = batch.origin
+        here = Cursor(epoch=origin.plan.epoch, position=batch.next_position, step=step)
+        following = Cursor(epoch=origin.plan.epoch + 1, step=step)
+        division = Division(origin.plan, origin.num_samples, origin.start_position)
+        self._begin = following if batch.end_of_epoch else here
+        self._cursor = following if division.is_over(batch.next_position) else here
 
 
 class StreamedLoader:
@@ -410,9 +441,19 @@ class StreamedLoader:
         dataset: What is read.
         options: Of ``torch.utils.data.DataLoader``: ``num_workers``, ``pin_memory``, ``prefetch_factor``,
             ``persistent_workers``, ``multiprocessing_context`` and so on, but none about samples.
+
+    Raises:
+        ValueError: An option would change which samples make a batch, or the order of the batches.
     """
 
     def __init__(self, dataset: StreamedDataset, **options: Any) -> None:
+        for name in options:
+            if name in _SETTLED:
+                raise ValueError(f"{name}: not allowed; {_SETTLED[name]}")
+        if not options.get("in_order", True):
+            raise ValueError(
+                "in_order: False is not allowed; a commit says that all before the batch was trained on, too"
+            )
         self.dataset = dataset
         self._loader: DataLoader[TensorBatch] = DataLoader(dataset, batch_size=None, **options)
 
@@ -446,20 +487,32 @@ def _place() -> tuple[int, int] | None:
     """Return rank and world size where torch or torchrun tell them."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    told = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    if not told:
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return None
-    try:
-        rank, world_size = int(told["RANK"]), int(told["WORLD_SIZE"])
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"RANK and WORLD_SIZE in the environment: {told}; both are needed, as whole numbers"
-        ) from error
-    if not 0 <= rank < world_size:
-        raise ValueError(
+    rank, world_size = _told("RANK", least=0), _told("WORLD_SIZE", least=1)
+    if rank >= world_size:
+        raise ReaderError(
             f"RANK in the environment: {rank}; 0 to {world_size - 1} are allowed with WORLD_SIZE {world_size}"
         )
     return rank, world_size
+
+
+def _told(variable: str, *, least: int) -> int:
+    text = os.environ.get(variable)
+    if text is None:
+        raise ReaderError(f"{variable} in the environment: missing; RANK and WORLD_SIZE are needed both, or neither")
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise ReaderError(f"{variable} in the environment: {text!r}; a whole number from {least} on is expected")
+    return number
+
+
+def _count(step: SupportsInt | None) -> int | None:
+    """Return a trainer's count, which may be NumPy's or a tensor, as what a state and a ledger keep."""
+    return None if step is None else int(step)
 
 
 def _tensors(batch: Batch, leg: Leg, division: Division, origin: Origin) -> TensorBatch:
@@ -472,7 +525,7 @@ def _tensors(batch: Batch, leg: Leg, division: Division, origin: Origin) -> Tens
         next_position=next_position,
         end_of_epoch=division.ends_at(next_position),
         origin=origin,
-        _told=batch,
+        timings=batch.timings,
     )
 
 

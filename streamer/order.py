@@ -152,6 +152,15 @@ def _shares(plan: Plan, num_samples: int, position: int, end_position: int) -> I
         position = following
 
 
+def ends_at(plan: Plan, num_samples: int, position: int) -> bool:
+    """Tell whether nothing of the rank's follows in an epoch from ``position``, the end of a global batch, on."""
+    left = num_samples - position
+    if plan.remainder is Remainder.DROP:
+        return left < plan.world_size * plan.batch_size
+    # Ranks with low numbers get what does not go round.
+    return left <= plan.rank
+
+
 def check_plan(plan: Plan, *, max_batch_samples: int) -> None:
     """
     Refuse a plan whose ranks or batches make no sense.

@@ -73,9 +73,9 @@ class Pull:
             plan=_plan_message(plan), start_position=start_position, end_position=end_position
         )
         # Answers are left as bytes: see wire.py.
-        pull: Any = channel.stream_stream(_PULL_BATCHES, pb.PullBatchesRequest.SerializeToString)
-        self._call = pull(metadata=_checksum_of(self._opening))
-        self._watch = _Watch(self._call, stall_seconds)
+        self._pull: Any = channel.stream_stream(_PULL_BATCHES, pb.PullBatchesRequest.SerializeToString)
+        self._call: Any
+        self._watch: _Watch
 
     async def batches(self, *, on_failure: Callable[[], object]) -> AsyncGenerator[Batch, None]:
         """
@@ -91,6 +91,8 @@ class Pull:
             SampleCorruptError: A batch is damaged or out of place.
             RefusedError: The plan or the position cannot be served.
         """
+        self._call = self._pull(metadata=_checksum_of(self._opening))
+        self._watch = _Watch(self._call, self._stall_seconds)
         try:
             await self._send(pb.PullBatchesRequest(open=self._opening))
             await self._send(pb.PullBatchesRequest(grant_bytes=self._window_bytes))

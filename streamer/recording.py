@@ -65,6 +65,10 @@ class Recording:
         self._accounts.clear()
         self._step = step
 
+    def skip(self) -> None:
+        """Note that other ranks may have taken steps for which this one had no batch."""
+        self._step = None
+
     def receive(self, batch: Delivered, origin: Origin) -> None:
         """
         Note that a batch came.
@@ -92,19 +96,19 @@ class Recording:
             LedgerError: The file cannot be written.
         """
         self.receive(batch, origin)
-        for account, position, steps in self._ends(batch, step):
+        for account, position, steps in self._ends(batch, origin, step):
             account.delivery.commit(position, step=steps)
-        self._settle(batch, step)
+        self._settle(batch, origin, step)
 
     @contextmanager
     def committing(self, batch: Delivered, origin: Origin, step: int | None) -> Iterator[None]:
         """Commit around the writing of a checkpoint; see :meth:`streamer.ledger.Delivery.committing`."""
         self.receive(batch, origin)
         with ExitStack() as stack:
-            for account, position, steps in self._ends(batch, step):
+            for account, position, steps in self._ends(batch, origin, step):
                 stack.enter_context(account.delivery.committing(position, step=steps))
             yield
-        self._settle(batch, step)
+        self._settle(batch, origin, step)
 
     def close(self) -> None:
         """Close the ledger, if it was opened here."""
@@ -114,8 +118,10 @@ class Recording:
         self._accounts.clear()
 
     def _account(self, origin: Origin) -> _Account:
-        if self._accounts and self._accounts[-1].origin == origin:
-            return self._accounts[-1]
+        # The next pass may have begun before the last batches of this one are committed.
+        for each in reversed(self._accounts):
+            if each.origin == origin:
+                return each
         # Another pass over the same epoch takes the place of the one before it.
         before = [each for each in self._accounts if each.epoch < origin.plan.epoch]
         # Only where all that came before is committed, the count of the last commit is that of this beginning.
@@ -130,16 +136,18 @@ class Recording:
         self._accounts = [*(each for each in before if not each.is_settled), account]
         return account
 
-    def _ends(self, batch: Delivered, step: int | None) -> list[tuple[_Account, int, int | None]]:
-        """Return up to where each pass is to be committed; the trainer's count is that of the last one."""
-        *before, last = self._accounts
+    def _ends(self, batch: Delivered, origin: Origin, step: int | None) -> list[tuple[_Account, int, int | None]]:
+        """Return up to where each pass is to be committed; the trainer's count is that of the batch's own."""
+        own = self._account(origin)
+        before = self._accounts[: self._accounts.index(own)]
         ends: list[tuple[_Account, int, int | None]] = [(each, each.received, None) for each in before]
-        return [*ends, (last, batch.next_position, step)]
+        return [*ends, (own, batch.next_position, step)]
 
-    def _settle(self, batch: Delivered, step: int | None) -> None:
+    def _settle(self, batch: Delivered, origin: Origin, step: int | None) -> None:
         self._step = step
-        del self._accounts[:-1]
-        self._accounts[-1].committed = batch.next_position
+        own = self._account(origin)
+        del self._accounts[: self._accounts.index(own)]
+        own.committed = batch.next_position
 
     def _open(self) -> Ledger:
         if isinstance(self._ledger, Ledger):

@@ -116,7 +116,9 @@ class RemoteRecords:
         for one in wanted:
             if len(wrong) and one.number in is_copied and np.isin(one.positions, wrong).any():
                 self._tally.add(checksum_failures=1)
-                self._cache.remove(self._keys[one.number])
+                # A disk that refuses to write may well be the one that forgets.
+                with suppress(OSError):
+                    self._cache.remove(self._keys[one.number])
                 missing.append(one)
             elif one.number not in is_copied:
                 missing.append(one)
@@ -283,8 +285,11 @@ class RemoteRecords:
 
     async def _publish(self, room: Reservation, content: memoryview) -> None:
         is_kept = False
-        with suppress(OSError):
+        try:
             is_kept = await in_thread(self._threads, partial(room.publish, content))
+        except OSError:
+            # The disk is full though the limit leaves room: for a while only what is wanted is fetched.
+            self._full_until = asyncio.get_running_loop().time() + _FULL_SECONDS
         if not is_kept:
             self._tally.add(uncached=1)
 

@@ -11,7 +11,7 @@ from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.address import is_loopback
 from streamer.answers import Batch, BrokenError, DatasetInfo, SplitInfo, dataset_info, error_of
-from streamer.errors import ReaderError, RefusedError
+from streamer.errors import DataChangedError, ReaderError, RefusedError
 from streamer.plan import Plan
 from streamer.pull import Pull
 
@@ -84,7 +84,8 @@ class Replica:
         """
         Return what it says of the plan's split; errors are those of :meth:`datasets`.
 
-        Asked twice: this answer has no checksum, and an epoch is as long as it says.
+        Asked twice: this answer has no checksum, and an epoch is as long as it says. Data other than the plan's is
+        refused with DataChangedError.
         """
         channel = self._channel
         try:
@@ -106,7 +107,12 @@ class Replica:
         if plan.split not in splits:
             known = ", ".join(sorted(splits))
             raise RefusedError(self.address, "INVALID_ARGUMENT", f"plan.split: no {plan.split!r}; known are {known}")
-        return splits[plan.split]
+        info = splits[plan.split]
+        if plan.fingerprint and plan.fingerprint != info.fingerprint:
+            found, wanted = info.fingerprint.hex(), plan.fingerprint[:32].hex()
+            problem = f"plan.fingerprint: this replica serves {found}, not {wanted}"
+            raise DataChangedError(self.address, "FAILED_PRECONDITION", problem)
+        return info
 
     async def wait_serving(self, *, wait_for_connection: bool) -> None:
         """

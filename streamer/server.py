@@ -79,7 +79,10 @@ async def run(
         if on_ready is not None:
             on_ready(server.address)
         await lifecycle.run_until_signalled(
-            server.grpc_server, grace_seconds=server.settings.drain_seconds, on_drain=server.drain
+            server.grpc_server,
+            grace_seconds=server.settings.drain_seconds,
+            on_drain=server.drain,
+            wait_idle=server.guard.wait_idle,
         )
 
 
@@ -138,9 +141,9 @@ class StreamerServer:
         self._servicer: StreamerServicer | None = None
         self._pool: TransformPool | None = None
         self._starting = asyncio.Lock()
-        guard = Guard(self.metrics.methods, idle_seconds=settings.idle_seconds)
+        self.guard = Guard(self.metrics.methods, idle_seconds=settings.idle_seconds)
         self.grpc_server = grpc.aio.server(
-            interceptors=[guard],
+            interceptors=[self.guard],
             options=_options(settings, is_worker=occupancy is not None),
             maximum_concurrent_rpcs=settings.max_streams + _SPARE_RPCS,
         )

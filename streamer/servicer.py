@@ -402,8 +402,8 @@ class _Writing:
         _set(timings.read, batch.read_seconds)
         _set(timings.transform, batch.transform_seconds)
         _set(timings.wait, max(offered_seconds, time.perf_counter() - batch.ready_at))
-        if batch.packed_indices is None:
-            fields.indices[:] = batch.indices.tolist()
+        # Of the batch before, too, where that was not packed.
+        fields.indices[:] = () if batch.packed_indices is not None else batch.indices.tolist()
         message = wire.encode(fields, batch.packed_indices, batch.images.data)
         if not self.has_begun:
             self.has_begun = True

@@ -6,8 +6,8 @@ streamer, and nobody took it; before that it was transformed, and before that re
 on the way: the network, a call opened anew, a streamer busy with others.
 
 How much more a stage needs is tf.data's rule (tensorflow/core/data/service/auto_scaler.h): as many workers as the rate
-wanted over what one of them does. The rate wanted is the one at which the trainer never waits, and what one of those
-there are does is the rate now over their number.
+wanted over what one of them does. The rate wanted is the one at which the trainer never waits, and that of a stage now
+is the one at which it would wait for this stage alone.
 """
 
 import enum
@@ -32,7 +32,10 @@ class Stage(enum.Enum):
     """Where a batch can be."""
 
     START = "start"
-    """Whatever precedes the first batch of a pass: worker processes, connections, the first look at the data."""
+    """
+    Begin and end of a pass: whatever precedes its first batch, such as worker processes, connections and the first
+    look at the data, and what follows its last one.
+    """
     READ = "read"
     """From disk, cache or object storage."""
     TRANSFORM = "transform"
@@ -74,7 +77,7 @@ class StallReport:
     shares: Mapping[Stage, float]
     """Of the time waited, for each stage but TRAIN; their sum is 1, or 0 where there was no wait."""
     factor: float | None
-    """How many times what it has now a stage that is waited for needs; None where the trainer takes any rate."""
+    """How many times what it has now the stage waited for most needs; None where the trainer takes any rate."""
     cpus: int | None = None
     """What the streamers have for transforms, where the caller knows."""
     readers: int = 1
@@ -111,7 +114,7 @@ class StallReport:
         if stage is Stage.READ:
             return f"{times} read rate, by faster storage or a larger cache"
         if stage is Stage.NETWORK:
-            return f"{times} bandwidth, or a larger window_bytes where the way is long"
+            return f"{times} bandwidth, by more readers or a nearer streamer"
         if stage is Stage.DECODE:
             return f"{_count(self.more(self.readers), 'worker')} that read (num_workers of the DataLoader)"
         if self.cpus is None:
@@ -146,7 +149,7 @@ class Stalls:
                 try:
                     item = next(items)
                 except StopIteration:
-                    self.waited(time.perf_counter() - asked, Timings())
+                    self.started(time.perf_counter() - asked)
                     return
                 given = time.perf_counter()
                 wait = given - asked
@@ -165,7 +168,7 @@ class Stalls:
         self._trained_seconds += seconds
 
     def started(self, seconds: float) -> None:
-        """Add the wait for the first batch of a pass."""
+        """Add the wait for the first batch of a pass, or for its end."""
         self._waits[Stage.START] += seconds
 
     def waited(self, seconds: float, timings: Timings) -> None:
@@ -189,13 +192,13 @@ class Stalls:
             cpus: What the streamers have for transforms, if known: then the advice is a number of CPUs.
             readers: Streams that are read side by side, as by workers of a DataLoader.
         """
-        waited = sum(self._waits.values())
+        waited, most = sum(self._waits.values()), max(self._waits.values())
         total = waited + self._trained_seconds
         return StallReport(
             total_seconds=total,
             waited_seconds=waited,
             shares={stage: seconds / waited if waited else 0.0 for stage, seconds in self._waits.items()},
-            factor=total / self._trained_seconds if self._trained_seconds > _BUSY_SHARE * total else None,
+            factor=1 + most / self._trained_seconds if self._trained_seconds > _BUSY_SHARE * total else None,
             cpus=cpus,
             readers=readers,
         )

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 
 from rpc import log
-from rpc.lifecycle import PortTakenError
+from rpc.lifecycle import PortTakenError, ServerDiedError
 from streamer import totals
 from streamer.errors import StreamerError
 from streamer.occupancy import Occupancy
@@ -75,7 +75,7 @@ def _obey(order: dict[str, Any], parent: _Parent) -> None:
         asyncio.run(_serve(settings, order["datasets"], occupancy, parent))
     except asyncio.CancelledError:
         pass  # there is nobody left to serve for
-    except (StreamerError, PortTakenError) as error:
+    except (StreamerError, PortTakenError, ServerDiedError) as error:
         parent.tell(problem=str(error))
         sys.exit(1)
 

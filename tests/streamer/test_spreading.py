@@ -4,6 +4,7 @@ import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -137,18 +138,21 @@ async def test_late_range_is_asked_of_the_other_replica(
     assert time.monotonic() - started < 30, "half of the time after which a silent stream counts as broken"
 
 
+@pytest.mark.parametrize("num_samples", [1000, 900])
 async def test_replica_with_other_data_is_left_out(
-    server: StreamerServer, dataset: MemoryDataset, expected: list[Batch]
+    server: StreamerServer, dataset: MemoryDataset, expected: list[Batch], num_samples: int
 ) -> None:
     train = dataset.splits["train"]
-    other = MemorySplit("train", train.images[::-1].copy(), train.labels.copy(), num_classes=10)
-    changed = Dataset("mnist", (), {"train": other})
+    images, labels = train.images[:num_samples][::-1].copy(), train.labels[:num_samples].copy()
+    changed = Dataset("mnist", (), {"train": MemorySplit("train", images, labels, num_classes=10)})
+    pinned = replace(PLAN, fingerprint=train.fingerprint)
     async with StreamerServer(StreamerSettings(port=0, metrics_port=0), [changed]) as stranger:
         assert_equal(await read(reader(server.address, stranger.address)), expected)
+        assert_equal(await read(reader(server.address, stranger.address), pinned), expected)
+        assert_equal(await read(reader(stranger.address, server.address), pinned), expected)
 
         await server.stop()
-        pinned = Plan(dataset="mnist", batch_size=20, fingerprint=train.fingerprint)
-        with pytest.raises((DataChangedError, UnreachableError)):
+        with pytest.raises(DataChangedError, match="this replica serves"):
             await read(reader(server.address, stranger.address), pinned)
 
 

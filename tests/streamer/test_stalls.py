@@ -3,7 +3,8 @@
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
+from operator import attrgetter
 from typing import Any, cast
 
 import google_crc32c
@@ -115,11 +116,21 @@ async def test_slow_decoding_is_named(server: StreamerServer, monkeypatch: pytes
 
 
 async def test_slow_trainer_is_named(server: StreamerServer) -> None:
-    # In a pass so short its start alone may be a notable wait.
-    report = await report_of(server.address, train=steady(0.3))
+    def work() -> StallReport:
+        stalls = Stalls()
+        with BatchReader(server.address, PLAN) as reader:
+            batches = iter(reader)
+            # In a pass so short its start alone may be a notable wait.
+            next(batches)
+            time.sleep(0.3)
+            for _ in stalls.watch((batch for batch in batches), attrgetter("timings")):
+                time.sleep(0.1)
+        return stalls.report()
 
-    assert report.waited_share < 0.1
-    assert report.bottleneck in (Stage.TRAIN, Stage.START)
+    report = await asyncio.to_thread(work)
+
+    assert report.bottleneck is Stage.TRAIN
+    assert report.total_seconds > 0.1 * (NUM_BATCHES - 1)
 
 
 async def test_report_adds_up_to_the_time_of_the_loop(server: StreamerServer) -> None:
@@ -179,6 +190,38 @@ def test_more_cpus_are_what_the_wanted_rate_takes(trained: float, cpus: int, mor
 
     assert report.more(cpus) == more
     assert str(report).endswith(f"100% of the wait is transform: {more} more CPU{'s' * (more > 1)} on the streamers")
+
+
+def test_bottleneck_needs_what_its_own_wait_takes() -> None:
+    """Without the other waits it would have more time already: three times as much is enough, and not four."""
+    stalls = Stalls()
+    stalls.trained(5)
+    stalls.waited(5, Timings(transform_seconds=5))
+    stalls.waited(10, Timings(decode_seconds=10))
+    report = stalls.report(cpus=4)
+
+    assert (report.bottleneck, report.factor, report.more(1)) == (Stage.DECODE, 3, 2)
+
+
+def test_end_of_a_pass_is_no_wait_for_the_network() -> None:
+    def ending_slowly() -> Generator[int, None, None]:
+        yield from range(3)
+        time.sleep(SLOW_SECONDS)
+
+    stalls = Stalls()
+    for _ in stalls.watch(ending_slowly(), lambda _: Timings()):
+        pass
+    report = stalls.report()
+
+    assert report.shares[Stage.START] * report.waited_seconds >= SLOW_SECONDS
+
+
+def test_advice_on_the_network_can_be_followed() -> None:
+    stalls = Stalls()
+    stalls.trained(5)
+    stalls.waited(5, Timings())
+
+    assert str(stalls.report()).endswith("network: 2.0 times the bandwidth, by more readers or a nearer streamer")
 
 
 def test_loop_that_does_nothing_takes_any_rate() -> None:

@@ -7,7 +7,6 @@ import torch
 from streamer.client import Plan
 from streamer.loading import TensorBatch
 from streamer.recording import Origin
-from streamer.stalls import Timings
 from training.config import BudgetConfig, OptimConfig, TrainConfig
 from training.errors import DivergedError
 from training.evaluate import evaluate
@@ -33,7 +32,6 @@ def batches(size: int = 16) -> list[TensorBatch]:
             next_position=start + size,
             end_of_epoch=start + size == NUM_SAMPLES,
             origin=ORIGIN,
-            _told=Timings(),
         )
         for start in starts
     ]

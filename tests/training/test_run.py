@@ -74,6 +74,17 @@ def test_runs_ledger_proves_every_epoch(tmp_path: Path, streamer: str) -> None:
     assert (verdict.is_clean, verdict.committed, verdict.epochs) == (True, 80, 2)
 
 
+def test_run_is_one_process_whatever_surrounds_it(
+    tmp_path: Path, streamer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    alone = config(streamer)
+    result = run.train(alone, repository=tmp_path / "models", runs=tmp_path / "runs", observer=Silent())
+
+    assert (result.last.samples, result.evaluation.num_samples) == (80, 20)
+
+
 def test_data_set_the_streamer_does_not_have_is_named(tmp_path: Path, streamer: str) -> None:
     with pytest.raises(TrainingError, match=r"'cifar'.*it has mnist"):
         run.train(config(streamer, "cifar"), repository=tmp_path, runs=tmp_path, observer=Silent())
