@@ -23,8 +23,6 @@ _INDICES = pb.Batch.INDICES_FIELD_NUMBER << 3 | 2
 
 _MAX_VARINT_BYTES = 10
 
-# Where the pixels begin: so that floats stand where processors like them, and tensors can be made of them in place.
-_ALIGNED = 8
 WIDTH = 4
 """Bytes of an index, as :func:`pack_indices` writes it."""
 
@@ -70,9 +68,9 @@ def encode(fields: pb.Batch, packed_indices: bytes | None, images: memoryview) -
     """
     parts: list[Any] = []
     if images.nbytes:
-        parts += (_head(_IMAGES, images.nbytes, _ALIGNED), images)
+        parts += (_head(_IMAGES, images.nbytes), images)
     if packed_indices:
-        parts += (_head(_INDICES, len(packed_indices), 0), packed_indices)
+        parts += (_head(_INDICES, len(packed_indices)), packed_indices)
     parts.append(fields.SerializeToString())
     return b"".join(parts)
 
@@ -141,10 +139,10 @@ def _read_varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _head(tag: int, size: int, length: int) -> bytes:
-    """Return what stands before a field's content, at least ``length`` bytes; few sizes occur."""
+def _head(tag: int, size: int) -> bytes:
+    """Return what stands before a field's content; few sizes occur."""
     encoded = bytearray((tag,))
-    while size > 0x7F or len(encoded) < length - 1:
+    while size > 0x7F:
         encoded.append((size & 0x7F) | 0x80)
         size >>= 7
     encoded.append(size)

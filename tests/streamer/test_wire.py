@@ -100,12 +100,6 @@ def test_images_are_not_copied() -> None:
     assert np.shares_memory(decode(message).images, np.frombuffer(message, np.uint8))
 
 
-def test_floats_of_large_batches_stand_where_processors_like_them() -> None:
-    for size in (1, 200, 3 * 1024**2):
-        message = encode(pb.Batch(position=3), None, memoryview(bytes(4 * size)))
-        assert decode(message).images.view("<f4").flags.aligned
-
-
 @given(fields, indices, images, st.integers(1, 400))
 def test_message_cut_anywhere_is_read_as_protobuf_does_or_refused(
     fields: pb.Batch, values: NDArray[np.int64], pixels: bytes, cut: int
