@@ -24,7 +24,7 @@ from tests.streamer.process import ROOT, StreamerProcess, write_digits
 MIB = 1024**2
 IDLE_SECONDS = 1.0
 QUICK_AND_SLOW = [
-    pytest.param(100, 4, id="100"),
+    pytest.param(100, 1, id="100"),
     pytest.param(1000, 10, id="1000", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
 ]
 
