@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy import ndimage  # type: ignore[import-untyped]
+from scipy import ndimage  # type: ignore[import-untyped]  # scipy has no types
 from torch.utils.data import Dataset
 
 from benchmarks import loading

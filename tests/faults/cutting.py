@@ -5,13 +5,13 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from types import TracebackType
-from typing import Self
+
+from tests.tcp import Listener
 
 _PIECE_BYTES = 64 * 1024
 
 
-class Cutter:
+class Cutter(Listener):
     """
     Passes bytes to another address and back, and resets each connection after so many bytes of answers.
 
@@ -24,40 +24,13 @@ class Cutter:
     """
 
     def __init__(self, upstream: str, lengths: Iterator[int]) -> None:
+        super().__init__()
         self.num_resets = 0
         self._upstream = upstream
         self._lengths = lengths
-        self._server: asyncio.Server | None = None
-        self._relays: set[asyncio.Task[None]] = set()
 
-    @property
-    def address(self) -> str:
-        assert self._server is not None
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._server is not None
-        self._server.close()
-        for each in self._relays:
-            each.cancel()
-        await asyncio.gather(*self._relays, return_exceptions=True)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._relays.add(task)
-        # A task of asyncio's server that ends as cancelled is reported as an error by Python 3.11.
-        with suppress(asyncio.CancelledError, OSError):
-            await self._relay(reader, writer)
-        self._relays.discard(task)
-
-    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass bytes as far as this connection gets."""
         host, _, port = self._upstream.rpartition(":")
         upstream, upward = await asyncio.open_connection(host, int(port))
         asking = asyncio.create_task(_pass(reader, upward, None))

@@ -5,7 +5,7 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -96,15 +96,19 @@ def content(batches: Sequence[Batch]) -> list[tuple[Any, ...]]:
     ]
 
 
-async def in_turns(trials: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Do all of them, some at a time: those that wait for a stalled call cost nothing."""
+Place = tuple[Way, int, int]
+"""Which way, which byte of all that go there, and which bit of it."""
+
+
+async def in_turns(trial: Callable[[Way, int, int], Awaitable[None]], places: Sequence[Place]) -> None:
+    """Try all of them, some at a time: those that wait for a stalled call cost nothing."""
     turn = asyncio.Semaphore(8)
 
-    async def one(trial: Callable[[], Any]) -> Any:
+    async def one(place: Place) -> None:
         async with turn:
-            return await trial()
+            await trial(*place)
 
-    return await asyncio.gather(*(one(trial) for trial in trials))
+    await asyncio.gather(*(one(place) for place in places))
 
 
 QUICK_AND_SLOW = [pytest.param(150, id="quick"), pytest.param(4000, id="many", marks=[pytest.mark.slow])]
@@ -128,7 +132,7 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
         (way, chance.randrange(messages.seen[way]), chance.randrange(8))
         for way in chance.choices(list(Way), k=num_flips)
     ]
-    await in_turns([lambda place=place: trial(*place) for place in places])  # type: ignore[misc]
+    await in_turns(trial, places)
 
 
 @pytest.mark.timeout(900)
@@ -136,10 +140,12 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
 def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(num_flips: int) -> None:
     """In a process of its own, as gRPC itself crashes on some damaged headers, now and then (seen with grpcio 1.85)."""
     program = f"import asyncio; from {__name__} import read_damaged; asyncio.run(read_damaged({num_flips}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == -signal.SIGSEGV:
-        pytest.xfail("gRPC crashed on a damaged connection; nothing damaged was delivered before")
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode != -signal.SIGSEGV:
+            break
 
+    # Three crashes in a row are not now and then.
     assert done.returncode == 0, done.stderr
 
 
@@ -167,7 +173,7 @@ async def read_damaged(num_flips: int) -> None:
         places = [
             (way, chance.randrange(size[way]), chance.randrange(8)) for way in chance.choices(list(Way), k=num_flips)
         ]
-        await in_turns([lambda place=place: trial(*place) for place in places])  # type: ignore[misc]
+        await in_turns(trial, places)
 
     # Those that end the server: as many as the path's share of all bytes.
     assert len(failures) <= max(5, num_flips // 30), failures
