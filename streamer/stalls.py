@@ -110,7 +110,7 @@ class StallReport:
     def _remedy(self, stage: Stage) -> str:
         times = "more" if self.factor is None else f"{self.factor:.1f} times the"
         if stage is Stage.START:
-            return "it comes once a pass; persistent_workers keeps worker processes over epochs"
+            return "it comes once a pass: read longer ones, and keep worker processes by persistent_workers"
         if stage is Stage.READ:
             return f"{times} read rate, by faster storage or a larger cache"
         if stage is Stage.NETWORK:
