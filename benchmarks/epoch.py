@@ -26,7 +26,7 @@ from training.model import Network
 
 ROUNDS = 5
 BATCH_SIZE = 256
-STEPS = 200
+STEPS = 100
 """Of an epoch, where the data is made up."""
 ASKED_RATIO = 1.03
 ASKED_POINTS = 2.0
