@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer.declarations import declaration_of
-from streamer.idx import format_images, format_labels
+from streamer.sources.declarations import declaration_of
+from streamer.sources.idx import format_images, format_labels
 
 NUM_TRAIN = 60_000
 NUM_TEST = 10_000

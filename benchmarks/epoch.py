@@ -19,7 +19,7 @@ from benchmarks.report import RESULTS, surroundings, table
 from benchmarks.stage import stage
 from streamer.client import Plan
 from streamer.loading import StreamedDataset, TensorBatch
-from streamer.stalls import StallReport
+from streamer.reading.stalls import StallReport
 from training.config import BudgetConfig, DataConfig, TrainConfig
 from training.loop import fit
 from training.model import Network

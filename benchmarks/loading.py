@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from benchmarks.turn import Work
 from benchmarks.window import Window
-from streamer.declarations import declaration_of
-from streamer.idx import parse_images, parse_labels
+from streamer.sources.declarations import declaration_of
+from streamer.sources.idx import parse_images, parse_labels
 
 
 class Batched(TensorDataset):

@@ -11,10 +11,10 @@ from rpc.settings import load
 from sluice.line import streamer_service
 from sluice.ports import settings_with_free_ports
 from sluice.supervisor import Supervisor
-from streamer.datasets import cached
-from streamer.declarations import declaration_of
-from streamer.idx import unpack
 from streamer.settings import StreamerSettings
+from streamer.sources.datasets import cached
+from streamer.sources.declarations import declaration_of
+from streamer.sources.idx import unpack
 
 BATCH_SIZE = 256
 

@@ -27,8 +27,8 @@ import numpy as np
 from sluice import pack
 from sluice.supervisor import Service, Supervisor
 from streamer.client import Plan, SampleClient
-from streamer.idx import format_images, format_labels
 from streamer.settings import StreamerSettings
+from streamer.sources.idx import format_images, format_labels
 from tests.streamer.slow import SlowLink
 from tests.streamer.storage import S3Server
 

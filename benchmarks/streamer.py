@@ -20,8 +20,8 @@ from benchmarks.contest import Comparison, Contender, Contest, Outcome, Pace
 from benchmarks.stage import BATCH_SIZE, Stage, stage
 from benchmarks.turn import Program
 from sluice.supervisor import ServiceError
-from streamer.declarations import declaration_of
 from streamer.errors import StreamerError
+from streamer.sources.declarations import declaration_of
 
 PULL = "PullBatches into tensors"
 STREAM = "StreamBatches by generated code, unchecked"

@@ -85,7 +85,8 @@ def demo(
 @with_options(StreamerSettings)
 def streamer(settings: StreamerSettings) -> None:
     """Stream training samples over gRPC."""
-    from streamer import server, workers
+    from streamer import server
+    from streamer.processes import workers
 
     log.configure(settings.log_level)
     serve = workers.serve if settings.num_workers > 1 else server.serve
@@ -119,8 +120,8 @@ def fetch(
     folder: Annotated[Path | None, typer.Option("--data", help="Folder of IDX files to check instead.")] = None,
 ) -> None:
     """Get a data set into the local cache and say what it holds."""
-    from streamer.datasets import find
-    from streamer.source import load as read
+    from streamer.sources.datasets import find
+    from streamer.sources.memory import load as read
 
     settings = load(StreamerSettings, data=folder)
 

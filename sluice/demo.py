@@ -30,8 +30,8 @@ from sluice.ports import settings_with_free_ports
 from sluice.readiness import environment
 from sluice.supervisor import ServiceError, Supervisor
 from streamer.client import Plan, SampleClient
-from streamer.datasets import find
 from streamer.settings import StreamerSettings
+from streamer.sources.datasets import find
 
 _CALLERS = 16
 _SHOWN = 5

@@ -13,9 +13,9 @@ from serving.settings import TritonSettings
 from serving.triton import servable_models
 from sluice.ports import places
 from sluice.settings import UpSettings
-from streamer.datasets import cached
 from streamer.errors import DataError
 from streamer.settings import StreamerSettings
+from streamer.sources.datasets import cached
 
 _NEEDED_BYTES = 3 * 2**30
 

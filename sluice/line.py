@@ -12,8 +12,8 @@ from serving.triton import servable_models
 from sluice.ports import places
 from sluice.settings import UpSettings
 from sluice.supervisor import Service, ServiceError, Supervisor
-from streamer.datasets import find
 from streamer.settings import StreamerSettings
+from streamer.sources.datasets import find
 
 # Longer than any part takes by itself: a first use installs Triton and may fetch data.
 _READY_SECONDS = 600.0

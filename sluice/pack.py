@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rpc.settings import SettingsError
-from streamer.declarations import DECLARATIONS
-from streamer.objects import SCHEME, ObjectStore
-from streamer.packing import DEFAULT_BLOCK_BYTES, DEFAULT_SHARD_BYTES, FolderTarget, StoreTarget, pack
-from streamer.places import Reading, find
-from streamer.shards import INDEX_NAME
+from streamer.sources.declarations import DECLARATIONS
+from streamer.sources.objects import SCHEME, ObjectStore
+from streamer.sources.packing import DEFAULT_BLOCK_BYTES, DEFAULT_SHARD_BYTES, FolderTarget, StoreTarget, pack
+from streamer.sources.places import Reading, find
+from streamer.sources.shards import INDEX_NAME
 
 # As of transforms; all images of a folder are in memory while they are packed.
 _MAX_SIDE = 2048

@@ -14,9 +14,9 @@ from streamer.errors import StorageError
 from streamer.lookup import Found, look_up
 from streamer.order import Share
 from streamer.plan import Plan
-from streamer.readahead import read_ahead
-from streamer.shards import ShardedSplit
-from streamer.split import MemorySplit, Samples, Split
+from streamer.sources.readahead import read_ahead
+from streamer.sources.shards import ShardedSplit
+from streamer.sources.split import MemorySplit, Samples, Split
 from streamer.transforms.pool import TransformPool
 from streamer.transforms.transform import Transform
 

@@ -20,16 +20,16 @@ from typing import Self, TypeVar
 
 import structlog
 
-from streamer import forking
-from streamer.answers import Batch, BrokenError, DatasetInfo, SplitInfo
-from streamer.bridge import Bridge
 from streamer.errors import DataChangedError, RefusedError, SampleCorruptError, UnreachableError
 from streamer.order import ends_at
 from streamer.plan import Plan, Remainder
-from streamer.replica import Replica
-from streamer.retry import Retry
-from streamer.spreading import Spreading
-from streamer.stalls import StallReport, Stalls
+from streamer.reading import forking
+from streamer.reading.answers import Batch, BrokenError, DatasetInfo, SplitInfo
+from streamer.reading.bridge import Bridge
+from streamer.reading.replica import Replica
+from streamer.reading.retry import Retry
+from streamer.reading.spreading import Spreading
+from streamer.reading.stalls import StallReport, Stalls
 
 __all__ = [
     "Batch",

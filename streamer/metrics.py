@@ -12,10 +12,10 @@ from prometheus_client.registry import Collector
 
 from rpc.health import Health
 from rpc.telemetry import MethodMetrics, Registry, method_metrics
-from streamer.cache import BLOCKS_FOLDER, shown_bytes
 from streamer.flow import Credit
 from streamer.settings import StreamerSettings
-from streamer.tally import Tally
+from streamer.sources.cache import BLOCKS_FOLDER, shown_bytes
+from streamer.sources.tally import Tally
 from streamer.transforms.pool import TransformPool
 
 Amounts = tuple[int, int, int, int]

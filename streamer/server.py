@@ -20,11 +20,11 @@ from rpc.interceptor import Guard
 from rpc.telemetry import Endpoint
 from streamer.metrics import StreamerMetrics
 from streamer.occupancy import Occupancy
-from streamer.places import Reading, open_dataset
 from streamer.servicer import StreamerServicer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemorySplit
-from streamer.tally import Tally
+from streamer.sources.places import Reading, open_dataset
+from streamer.sources.split import Dataset, MemorySplit
+from streamer.sources.tally import Tally
 from streamer.transforms.pool import TransformPool
 
 log = structlog.get_logger(__name__)

@@ -38,7 +38,7 @@ from streamer.order import Order, Share, check_plan, shares
 from streamer.plan import Plan, Remainder
 from streamer.session import Grants, hear_out, opening
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemorySplit, Split
+from streamer.sources.split import Dataset, MemorySplit, Split
 from streamer.transforms.pool import TransformPool
 from streamer.transforms.transform import Transform, parse
 

@@ -10,8 +10,7 @@ from typing import Protocol
 import torch
 
 from streamer.client import DatasetInfo, Plan, SampleClient, SplitInfo
-from streamer.loading import StreamedDataset, TensorBatch
-from streamer.stalls import StallReport
+from streamer.loading import StallReport, StreamedDataset, TensorBatch
 from training import checkpoint
 from training.config import DataConfig, TrainConfig
 from training.errors import TrainingError

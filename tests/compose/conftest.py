@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rpc.settings import cache_folder
-from streamer import small
-from streamer.declarations import declaration_of
+from streamer.sources import small
+from streamer.sources.declarations import declaration_of
 from tests.compose.engine import NoEngineError, Project, compose_command
 
 _PORTS = ("GATEWAY_PORT", "GATEWAY_METRICS_PORT", "STREAMER_PORT", "STREAMER_METRICS_PORT")

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from streamer import idx
 from streamer.client import Batch, Plan, Retry, SampleClient
 from streamer.ledger import Ledger
 from streamer.proof import Verdict, verify
+from streamer.sources import idx
 
 NUM_SAMPLES = 60_000
 BATCH_SIZE = 256

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from protos.streamer.v1 import sample_service_pb2 as pb
-from streamer import datasets, idx, source
 from streamer.client import Batch, Plan, Remainder, Retry, SampleClient
 from streamer.errors import (
     DataChangedError,
@@ -24,13 +23,14 @@ from streamer.errors import (
     SampleCorruptError,
     UnreachableError,
 )
-from streamer.objects import ObjectStore
-from streamer.packing import StoreTarget
-from streamer.places import Reading, open_dataset
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemorySplit
-from streamer.tally import Tally
+from streamer.sources import datasets, idx, memory
+from streamer.sources.objects import ObjectStore
+from streamer.sources.packing import StoreTarget
+from streamer.sources.places import Reading, open_dataset
+from streamer.sources.split import Dataset, MemorySplit
+from streamer.sources.tally import Tally
 from tests.faults.flipping import Messages, replacing
 from tests.streamer.packed import flip as flipped
 from tests.streamer.packed import random_split, write_packed
@@ -319,7 +319,7 @@ def write_idx(folder: Path) -> None:
 
 
 async def load(folder: Path) -> Dataset:
-    return await source.load(await datasets.find("mnist", data=folder, cache=folder / "cache", report=print))
+    return await memory.load(await datasets.find("mnist", data=folder, cache=folder / "cache", report=print))
 
 
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"])

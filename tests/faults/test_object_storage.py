@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.streamer.sources.test_cache import size_of
 
 from sluice import pack
 from streamer.client import SampleClient
@@ -20,7 +21,6 @@ from tests.faults.processes import Streamer
 from tests.faults.reading import NUM_SAMPLES, PLAN, Reader, assert_exactly_once, write_samples
 from tests.streamer.slow import SlowLink
 from tests.streamer.storage import S3Server, executable
-from tests.streamer.test_cache import size_of
 
 # Of each block, in records: both sizes make 300 blocks and more.
 _SIDES = [4, pytest.param(28, marks=pytest.mark.slow)]

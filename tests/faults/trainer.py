@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from streamer.atomic import write_file
 from streamer.client import Batch, BatchReader, Plan, SampleClient
 from streamer.errors import StreamerError
 from streamer.ledger import Delivery, Ledger
+from streamer.sources.atomic import write_file
 from tests.faults.reading import NUM_SAMPLES, PATIENT, fingerprint_at, indices_in
 
 _PIXELS = 784

@@ -11,9 +11,9 @@ import pytest
 from gateway.client import ImageClient
 from rpc.settings import cache_folder
 from serving.installation import install
-from streamer import small
 from streamer.client import Plan, SampleClient
-from streamer.declarations import declaration_of
+from streamer.sources import small
+from streamer.sources.declarations import declaration_of
 from tests.line.processes import Line, Split, free_ports, read_until, start_up
 
 

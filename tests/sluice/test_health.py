@@ -14,10 +14,10 @@ from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
 from gateway.testing import FakeTriton
 from sluice.health import before_the_first_model, main
-from streamer.datasets import find
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.source import load
+from streamer.sources.datasets import find
+from streamer.sources.memory import load
 
 
 @pytest.fixture

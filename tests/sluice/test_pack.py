@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from rpc.settings import SettingsError
 from sluice.commands import app
 from sluice.pack import PackOptions, run
-from streamer.places import Reading, open_dataset
-from streamer.split import Dataset
+from streamer.sources.places import Reading, open_dataset
+from streamer.sources.split import Dataset
 
 
 async def opened(place: Path, cache: Path) -> Dataset:

@@ -19,7 +19,7 @@ from streamer.errors import RefusedError, UnreachableError
 from streamer.ledger import Ledger
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemorySplit
+from streamer.sources.split import Dataset, MemorySplit
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,11 +7,11 @@ import grpc
 import numpy as np
 import pytest
 
-from streamer import datasets, idx, source
 from streamer.client import SampleClient
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemoryDataset, MemorySplit
+from streamer.sources import datasets, idx, memory
+from streamer.sources.split import Dataset, MemoryDataset, MemorySplit
 from tests.streamer.storage import S3Server, executable
 
 SIZES = {"train": 1000, "t10k": 100}
@@ -35,7 +35,7 @@ def mnist_folder(tmp_path: Path) -> Path:
 async def dataset(mnist_folder: Path, tmp_path: Path) -> MemoryDataset:
     """The folder's samples in memory."""
     files = await datasets.find("mnist", data=mnist_folder, cache=tmp_path / "cache", report=print)
-    return await source.load(files)
+    return await memory.load(files)
 
 
 @pytest.fixture

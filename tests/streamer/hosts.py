@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 _CODE = (
-    "import asyncio; from rpc import log; from rpc.settings import load; from streamer.workers import serve; "
+    "import asyncio; from rpc import log; from rpc.settings import load; from streamer.processes.workers import serve; "
     "from streamer.settings import StreamerSettings; log.configure(); "
     "asyncio.run(serve(load(StreamerSettings), on_ready=lambda address: print(address, flush=True)))"
 )

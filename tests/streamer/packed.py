@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from streamer.packing import FolderTarget, StoreTarget, pack
-from streamer.shards import PackedIndex
-from streamer.split import MemorySplit, label_type
+from streamer.sources.packing import FolderTarget, StoreTarget, pack
+from streamer.sources.shards import PackedIndex
+from streamer.sources.split import MemorySplit, label_type
 
 SHAPE = (4, 5)
 

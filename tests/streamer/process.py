@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 
 from sluice.readiness import environment
-from streamer import idx
+from streamer.sources import idx
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,7 @@ from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from streamer.client import Plan, SampleClient
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset
+from streamer.sources.split import Dataset
 from tests.scraping import becomes, value
 from tests.streamer.process import StreamerProcess, write_digits
 from tests.tcp import TcpProxy, Way

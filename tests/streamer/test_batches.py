@@ -11,7 +11,7 @@ from streamer.batches import AssembledBatch
 from streamer.errors import StorageError
 from streamer.order import Order, Share, shares
 from streamer.plan import Plan
-from streamer.split import MemorySplit
+from streamer.sources.split import MemorySplit
 from streamer.transforms.pool import TransformPool
 from streamer.transforms.transform import parse
 

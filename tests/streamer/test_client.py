@@ -20,7 +20,7 @@ from streamer.errors import (
 )
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemoryDataset, MemorySplit
+from streamer.sources.split import Dataset, MemoryDataset, MemorySplit
 from tests.streamer.relay import Relay, Spoil
 from tests.streamer.streams import streams_become
 

@@ -25,12 +25,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from streamer.client import Batch, BatchReader, Plan, Remainder
-from streamer.cursor import StateError
-from streamer.division import Division
 from streamer.errors import ReaderError, StreamerError
 from streamer.loading import StreamedDataset, StreamedLoader, TensorBatch, _tensors
 from streamer.proof import verify
-from streamer.recording import Origin
+from streamer.reading.cursor import StateError
+from streamer.reading.division import Division
+from streamer.reading.recording import Origin
 
 pytestmark = pytest.mark.timeout(300)
 

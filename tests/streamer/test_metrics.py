@@ -16,14 +16,14 @@ from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.lifecycle import PortTakenError
-from streamer.cache import BlockCache, Reservation
 from streamer.client import Plan, SampleClient
 from streamer.metrics import Durations, Sending
-from streamer.places import Reading, open_dataset
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
-from streamer.split import MemoryDataset
-from streamer.tally import Tally
+from streamer.sources.cache import BlockCache, Reservation
+from streamer.sources.places import Reading, open_dataset
+from streamer.sources.split import MemoryDataset
+from streamer.sources.tally import Tally
 from tests.scraping import becomes, documented, faults, scrape, shown, value
 from tests.streamer.packed import flip, random_split, write_packed
 

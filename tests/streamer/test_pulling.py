@@ -16,7 +16,7 @@ from streamer.errors import DataLossError
 from streamer.plan import Plan
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
-from streamer.split import Dataset, MemoryDataset, MemorySplit, Samples
+from streamer.sources.split import Dataset, MemoryDataset, MemorySplit, Samples
 from tests.scraping import becomes, value
 from tests.streamer.streams import streams_become
 

@@ -22,7 +22,7 @@ from rpc.lifecycle import PortTakenError
 from streamer.client import Plan, SampleClient
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
-from streamer.split import MemoryDataset
+from streamer.sources.split import MemoryDataset
 from tests.streamer.packed import write_packed
 from tests.streamer.streams import streams_become
 

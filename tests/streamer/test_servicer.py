@@ -23,8 +23,8 @@ from streamer.plan import Plan
 from streamer.server import StreamerServer
 from streamer.servicer import StreamerServicer, _Reading, _Writing
 from streamer.settings import StreamerSettings
-from streamer.split import MemoryDataset
-from streamer.tally import Tally
+from streamer.sources.split import MemoryDataset
+from streamer.sources.tally import Tally
 from streamer.transforms.transform import parse
 from streamer.wire import pack_indices
 from tests.streamer.streams import streams_become

@@ -6,7 +6,7 @@ import torch
 
 from streamer.client import Plan
 from streamer.loading import TensorBatch
-from streamer.recording import Origin
+from streamer.reading.recording import Origin
 from training.config import BudgetConfig, OptimConfig, TrainConfig
 from training.errors import DivergedError
 from training.evaluate import evaluate
