@@ -32,7 +32,9 @@ class DataRequest(_message.Message):
     dataset: _builtins.str
     """Data set name as ListDatasets gives it; empty means "mnist". Unknown: NOT_FOUND."""
     split: _builtins.str
-    """"train" or "test"; empty means "train". Anything else: INVALID_ARGUMENT."""
+    """"train" or "test", or a slice of one as in a SampleService.Plan; empty means "train".
+    Anything else: INVALID_ARGUMENT.
+    """
     seed: _builtins.int
     """Shuffle seed; absent means file order. With it, each epoch has an order of its own."""
     epochs: _builtins.int
@@ -75,7 +77,7 @@ class Sample(_message.Message):
     label: _builtins.int
     """Class index, 0..9 for MNIST."""
     index: _builtins.int
-    """Index of the sample in its split's file."""
+    """Index of the sample in its split's file, or in the slice."""
     def __init__(
         self,
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc's classes are generic in their stubs alone
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     Parse = Callable[[bytes], Any]
 
+MAX_UNASKED = 128
+"""Calls that may wait long for their request, on one server; a server that bounds its calls leaves room for more."""
+
+# All others that wait have this long. A request comes with its call, but many calls may come at one moment.
+_HASTE_SECONDS = 1.0
+# Streams that answer for as long as somebody asks: each of their requests has to come in time, not the first alone.
+_ANSWERING = ("/grpc.reflection.",)
 # Orchestrators poll health several times a second; their calls would drown the others in the log.
 _QUIET = ("/grpc.health.v1.Health/",)
 
@@ -38,17 +46,25 @@ class Guard(grpc.aio.ServerInterceptor):
     A cancelled handler re-raises: swallowing ``CancelledError`` leaks in grpc.aio (grpc#43360).
 
     - A stream whose peer takes no message for too long is ABORTED: it would hold its place for ever.
+    - A call whose peer sends no request for too long is ABORTED for the same reason. Where :data:`MAX_UNASKED` wait
+      for theirs already, the one that has waited longest has a second in all: silent calls keep out no others.
 
     Args:
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
         idle_seconds: How long a message may wait to be taken; None is without end.
+        request_seconds: How long a request may take to come; None is without end.
     """
 
     def __init__(
-        self, metrics: Mapping[str, MethodMetrics] | None = None, *, idle_seconds: float | None = None
+        self,
+        metrics: Mapping[str, MethodMetrics] | None = None,
+        *,
+        idle_seconds: float | None = None,
+        request_seconds: float | None = None,
     ) -> None:
         self._metrics = metrics or {}
         self._idle_seconds = idle_seconds
+        self._unasked = _Unasked(request_seconds) if request_seconds is not None else None
         self._running = _Running()
         # As many as there are methods.
         self._guarded: dict[str, Handler] = {}
@@ -67,7 +83,7 @@ class Guard(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None
             guarded = self._guarded[method] = _guard(
-                method, handler, self._metrics.get(method), self._idle_seconds, self._running
+                method, handler, self._metrics.get(method), self._idle_seconds, self._unasked, self._running
             )
         return guarded
 
@@ -95,16 +111,21 @@ class _Running:
 
 
 def _guard(
-    method: str, handler: Handler, metrics: MethodMetrics | None, idle_seconds: float | None, running: _Running
+    method: str,
+    handler: Handler,
+    metrics: MethodMetrics | None,
+    idle_seconds: float | None,
+    unasked: _Unasked | None,
+    running: _Running,
 ) -> Handler:
     parse = handler.request_deserializer or bytes
     open_request: Any
     respond: Any
     if handler.request_streaming:
-        open_request = _each_parsed
+        open_request = functools.partial(_each_parsed, unasked, method.startswith(_ANSWERING))
         respond = handler.stream_stream if handler.response_streaming else handler.stream_unary
     else:
-        open_request = _parsed
+        open_request = _parsed if unasked is None else functools.partial(_first_parsed, unasked)
         respond = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def unary(data: Any, context: Context) -> Any:
@@ -119,6 +140,8 @@ def _guard(
             raise
         except _MalformedError:
             await call.refuse()
+        except _SilentError as error:
+            await call.send_away(error)
         except grpc.aio.BaseError:
             call.is_cut = True
             raise
@@ -153,6 +176,8 @@ def _guard(
             raise
         except _MalformedError:
             await call.refuse()
+        except _SilentError as error:
+            await call.send_away(error)
         except grpc.aio.BaseError:
             # The peer is gone, and grpc.aio says so of what was to be sent to it.
             call.is_cut = True
@@ -172,7 +197,8 @@ def _guard(
         (False, True): grpc.unary_stream_rpc_method_handler,
         (True, False): grpc.stream_unary_rpc_method_handler,
         (True, True): grpc.stream_stream_rpc_method_handler,
-    }[bool(handler.request_streaming), bool(handler.response_streaming)]
+        # For one request as well where it may take too long: grpc.aio itself would wait for it, before all this.
+    }[bool(handler.request_streaming) or unasked is not None, bool(handler.response_streaming)]
     respond_guarded = stream if handler.response_streaming else unary
 
     async def counted(data: Any, context: Context) -> Any:
@@ -192,13 +218,74 @@ async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
         raise _MalformedError from None
 
 
-async def _each_parsed(parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
-    async for data in stream:
+async def _first_parsed(unasked: _Unasked, parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> Any:
+    data = await unasked.next(aiter(stream))
+    if data is None:
+        raise _MalformedError
+    return await _parsed(parse, data, call)
+
+
+async def _each_parsed(
+    unasked: _Unasked | None, is_answering: bool, parse: Parse, stream: AsyncIterator[bytes], call: _Call
+) -> AsyncIterator[Any]:
+    requests = aiter(stream)
+    if unasked is not None:
+        while (data := await unasked.next(requests)) is not None:
+            yield await _parsed(parse, data, call)
+            if not is_answering:
+                break
+    async for data in requests:
         yield await _parsed(parse, data, call)
 
 
 class _MalformedError(Exception):
     """Bytes that are not the method's request message."""
+
+
+class _SilentError(Exception):
+    """No request came in time."""
+
+
+class _Unasked:
+    """
+    Calls whose request has not come, in the order in which they began to wait for it.
+
+    Args:
+        seconds: How long each may wait.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        # Each with the time that it has in any case.
+        self._waiting: dict[asyncio.Timeout, float] = {}
+
+    async def next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+        """
+        Return the next message, None after the last.
+
+        Raises:
+            _SilentError: It did not come in time.
+        """
+        try:
+            async with asyncio.timeout(self._seconds) as patience:
+                self._begin(patience)
+                try:
+                    return await anext(requests, None)
+                finally:
+                    self._waiting.pop(patience, None)
+        except TimeoutError:
+            raise _SilentError(
+                f"no request came within {self._seconds:g} s, or less where many calls wait for theirs"
+            ) from None
+
+    def _begin(self, patience: asyncio.Timeout) -> None:
+        now = asyncio.get_running_loop().time()
+        self._waiting[patience] = now + _HASTE_SECONDS
+        if len(self._waiting) > MAX_UNASKED:
+            oldest = next(iter(self._waiting))
+            until = self._waiting.pop(oldest)
+            if not oldest.expired():
+                oldest.reschedule(max(now, until))
 
 
 class _Call:
@@ -222,6 +309,9 @@ class _Call:
 
     async def refuse(self) -> None:
         await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
+
+    async def send_away(self, error: _SilentError) -> None:
+        await self._context.abort(grpc.StatusCode.ABORTED, str(error))
 
     async def give_up(self, seconds: float) -> None:
         # Told now: the status waits for a peer that may never read.

@@ -26,7 +26,7 @@ from streamer.plan import Plan, Remainder
 from streamer.reading import forking
 from streamer.reading.answers import Batch, BrokenError, DatasetInfo, SplitInfo
 from streamer.reading.bridge import Bridge
-from streamer.reading.replica import Replica
+from streamer.reading.replica import WINDOW_BYTES, Replica
 from streamer.reading.retry import Retry
 from streamer.reading.spreading import Spreading
 from streamer.reading.stalls import StallReport, Stalls
@@ -72,7 +72,7 @@ class SampleClient:
         *,
         retry: Retry | None = None,
         max_message_bytes: int = 32 * 1024**2,
-        window_bytes: int = 8 * 1024**2,
+        window_bytes: int = WINDOW_BYTES,
         range_bytes: int = 4 * 1024**2,
     ) -> None:
         addresses = address.split(",") if isinstance(address, str) else list(address)
@@ -321,6 +321,8 @@ class BatchReader:
         start_position: The cursor to go on from.
         end_position: Only global batches that begin before it; 0 means to the end of the epoch.
         prefetch_batches: At least 1.
+        window_bytes: Images and labels that may be on their way in each stream, beside one batch; at least 1. There
+            is one stream from a single streamer, and two from each of several.
         retry: What to do about streams that break.
     """
 
@@ -332,11 +334,12 @@ class BatchReader:
         start_position: int = 0,
         end_position: int = 0,
         prefetch_batches: int = 8,
+        window_bytes: int = WINDOW_BYTES,
         retry: Retry | None = None,
     ) -> None:
         if prefetch_batches < 1:
             raise ValueError(f"prefetch_batches: {prefetch_batches}; at least 1 is allowed")
-        self._client = SampleClient(address, retry=retry)
+        self._client = SampleClient(address, window_bytes=window_bytes, retry=retry)
         self._plan = plan
         self._start_position = start_position
         self._end_position = end_position

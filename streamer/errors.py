@@ -12,6 +12,11 @@ from pathlib import Path
 class StreamerError(Exception):
     """Base of everything raised here on purpose."""
 
+    @property
+    def public(self) -> str:
+        """What a reader is told: the message, without where things lie on the streamer and behind it."""
+        return str(self)
+
 
 class DataError(StreamerError):
     """
@@ -27,7 +32,13 @@ class DataError(StreamerError):
         self.file = Path(file)
         self.expected = expected
         self.found = found
+        self._folder = str(file).rpartition("/")[0]
         super().__init__(f"{file}: expected {expected}, found {found}" + (f"; {remedy}" if remedy else ""))
+
+    @property
+    def public(self) -> str:
+        """The message with the file's name alone: a reader can name it to whoever runs the streamer."""
+        return str(self).replace(f"{self._folder}/", "") if self._folder else str(self)
 
 
 class DataLossError(DataError):
@@ -61,6 +72,12 @@ class StorageError(StreamerError):
         self.place = place
         self.is_refusal = is_refusal
         super().__init__(f"{place}: {problem}")
+
+    @property
+    def public(self) -> str:
+        """The object's name alone: the problem is told in words of the storage's, addresses among them."""
+        name = self.place.rpartition("/")[2]
+        return f"{name}: cannot be read{'' if self.is_refusal else ' at the moment'}; the streamer's log says why"
 
 
 class NoObjectError(StorageError):

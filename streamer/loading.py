@@ -34,11 +34,12 @@ from streamer.client import Batch, SampleClient
 from streamer.errors import DataChangedError, ReaderError, StreamerError
 from streamer.ledger import Ledger
 from streamer.plan import Plan
-from streamer.reading import forking
+from streamer.reading import forking, orphans
 from streamer.reading.bridge import Bridge
 from streamer.reading.cursor import Cursor, from_state, to_state
 from streamer.reading.division import Division, Leg
 from streamer.reading.recording import Origin, Recording
+from streamer.reading.replica import WINDOW_BYTES
 from streamer.reading.retry import Retry
 from streamer.reading.stalls import StallReport, Stalls, Timings
 
@@ -67,7 +68,7 @@ class TensorBatch:
     labels: torch.Tensor
     """int64, shape (N,)."""
     indices: NDArray[np.int64]
-    """Of the samples in the split's file; shape (N,)."""
+    """Of the samples in the split's file, or in the slice; shape (N,)."""
     position: int
     """Global position of the global batch this is a share of."""
     next_position: int
@@ -145,6 +146,8 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         step: Batches in the weights at the start, for the ledger, by a count that all ranks share and that
             :meth:`commit` goes on with; None where nobody counts. :meth:`load_state` sets it.
         prefetch_batches: Read ahead of the loop, by each worker; at least 1.
+        window_bytes: Images and labels that may be on their way in each stream, beside one batch; at least 1. Each
+            worker has one stream of its own from a single streamer, and two from each of several.
         retry: What to do about streams that break.
     """
 
@@ -157,17 +160,19 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         ledger: Ledger | Path | str | None = None,
         step: SupportsInt | None = None,
         prefetch_batches: int = 8,
+        window_bytes: int = WINDOW_BYTES,
         retry: Retry | None = None,
     ) -> None:
         if prefetch_batches < 1:
             raise ValueError(f"prefetch_batches: {prefetch_batches}; at least 1 is allowed")
-        SampleClient(address)  # refuses what is no address
+        SampleClient(address, window_bytes=window_bytes)  # refuses what is no address, and what is no window
         forking.watch()
         step = _count(step)
         self._address = address
         self._plan = plan
         self._retry = retry
         self._prefetch_batches = prefetch_batches
+        self._window_bytes = window_bytes
         self._recording = None if ledger is None else Recording(ledger, step=step)
         self._stalls = Stalls()
         self._num_workers = 0
@@ -313,6 +318,7 @@ class StreamedDataset(IterableDataset[TensorBatch]):
         worker = get_worker_info()
         if worker is None:
             return self._watched(self._read(self._upcoming, 0, 1), num_workers=0)
+        orphans.end_with_parent()
         # Now, not when the first batch is asked for: by then the cursor may have moved.
         try:
             begin: Cursor | ReaderError | None = self._next_pass()
@@ -359,7 +365,7 @@ class StreamedDataset(IterableDataset[TensorBatch]):
             yield from batches
 
     async def _share(self, plan: Plan, start: int, worker: int, num_workers: int) -> AsyncGenerator[TensorBatch, None]:
-        async with SampleClient(self._address, retry=self._retry) as client:
+        async with SampleClient(self._address, window_bytes=self._window_bytes, retry=self._retry) as client:
             info = await client.split(plan)
             plan = replace(plan, fingerprint=plan.fingerprint or info.fingerprint)
             division = Division(plan, info.num_samples, start)

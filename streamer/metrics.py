@@ -235,7 +235,8 @@ class StreamerMetrics(Collector):
         is_serving = self._health.is_serving
         yield _gauge("streamer_serving", "1 while readers can come, else 0.", is_serving)
         yield _gauge("streamer_workers", "Processes that readers can come to.", is_serving)
-        yield _counter("streamer_worker_restarts", "Processes that died and were started again.", self.worker_restarts)
+        restarts = "Processes that died, hung or did not start, and were started again."
+        yield _counter("streamer_worker_restarts", restarts, self.worker_restarts)
         limit = "Streams of samples beyond which one more is refused."
         yield _gauge("streamer_streams_in_flight_limit", limit, self._settings.max_streams)
         yield from self._by_dataset()

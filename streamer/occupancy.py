@@ -55,6 +55,11 @@ class Occupancy:
         self._counts[self._number] = self._own
 
 
+def give_back(descriptor: int, number: int) -> None:
+    """Count nothing more for a process that is dead, where another one has not taken its place yet."""
+    os.pwrite(descriptor, bytes(_SLOT.itemsize), number * _SLOT.itemsize)
+
+
 def reserve(count: int) -> int:
     """Return a descriptor of shared memory for the counts of so many processes; the caller's to close, Linux only."""
     descriptor = os.memfd_create("sluice-occupancy")

@@ -24,7 +24,7 @@ class Plan:
     dataset: str
     """Name as the streamer lists it."""
     split: str = "train"
-    """``train`` or ``test``."""
+    """``train`` or ``test``, or a slice of one, such as ``train[:90%]``: see :mod:`streamer.slicing`."""
     seed: int | None = None
     """0 to 2**64 - 1; None is file order."""
     epoch: int = 0

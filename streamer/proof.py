@@ -44,7 +44,7 @@ class Finding:
     """Of the first of them in the epoch's order."""
     samples: int
     indices: tuple[int, ...] = ()
-    """Of the first few in the split's file, where they are known."""
+    """Of the first few in the split's file, or in the slice, where they are known."""
     problem: str
     places: tuple[str, ...] = ()
     """``file:line`` of what shows it; empty where no ledger knows of the samples."""

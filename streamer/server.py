@@ -16,7 +16,7 @@ from protos.streamer.v1 import sample_service_pb2 as pb
 from rpc import lifecycle
 from rpc.address import joined
 from rpc.health import MAX_WATCHERS, Health
-from rpc.interceptor import Guard
+from rpc.interceptor import MAX_UNASKED, Guard
 from rpc.telemetry import Endpoint
 from streamer.metrics import StreamerMetrics
 from streamer.occupancy import Occupancy
@@ -35,8 +35,15 @@ _MNIST = mnist_pb2.DESCRIPTOR.services_by_name["MnistService"]
 _SAMPLE = pb.DESCRIPTOR.services_by_name["SampleService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
 
-# Health watches, checks, reflection, and streams that were ended and whose readers have not taken notice.
-_SPARE_RPCS = MAX_WATCHERS + 128
+# Readers send their request with the call itself; one that does not holds no place, and a call of the server all the
+# same.
+_REQUEST_SECONDS = 10.0
+# Health watches, calls without a request, and for a moment each: those that have just come, checks, what is refused,
+# and streams that were ended and whose readers have not taken notice.
+_SPARE_RPCS = MAX_WATCHERS + MAX_UNASKED + 512
+# Times the wait for an idle reader: 35 minutes, unless set otherwise. gRPC's own clients let a connection without calls
+# go after 30; one that a server closes is a line in the log of whoever uses it.
+_IDLE_CONNECTION = 7
 # Every request here is a few hundred bytes.
 _MAX_REQUEST_BYTES = 64 * 1024
 
@@ -141,7 +148,7 @@ class StreamerServer:
         self._servicer: StreamerServicer | None = None
         self._pool: TransformPool | None = None
         self._starting = asyncio.Lock()
-        self.guard = Guard(self.metrics.methods, idle_seconds=settings.idle_seconds)
+        self.guard = Guard(self.metrics.methods, idle_seconds=settings.idle_seconds, request_seconds=_REQUEST_SECONDS)
         self.grpc_server = grpc.aio.server(
             interceptors=[self.guard],
             options=_options(settings, is_worker=occupancy is not None),
@@ -287,5 +294,7 @@ def _options(settings: StreamerSettings, *, is_worker: bool) -> list[tuple[str, 
         # A reader whose machine is gone frees its stream within 40 s.
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
+        # With it goes what waits for readers that never take notice of their stream's end. Streams that go on keep it.
+        ("grpc.max_connection_idle_ms", int(_IDLE_CONNECTION * settings.idle_seconds * 1000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ]

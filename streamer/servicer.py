@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any, NoReturn
 
 import grpc
 import numpy as np
+import structlog
 from google.protobuf.duration_pb2 import Duration
 
 from protos import mnist_pb2
 from protos.streamer.v1 import sample_service_pb2 as pb
-from streamer import batches, wire
+from streamer import batches, slicing, wire
 from streamer.batches import AssembledBatch
 from streamer.checksum import REQUEST_CHECKSUM, request_checksum
 from streamer.errors import (
@@ -38,9 +40,12 @@ from streamer.order import Order, Share, check_plan, shares
 from streamer.plan import Plan, Remainder
 from streamer.session import Grants, hear_out, opening
 from streamer.settings import StreamerSettings
+from streamer.slicing import Slice
 from streamer.sources.split import Dataset, MemorySplit, Split
 from streamer.transforms.pool import TransformPool
 from streamer.transforms.transform import Transform, parse
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -80,6 +85,8 @@ _Message = tuple[int, bytes]
 _BLOCK_SAMPLES = 256
 # Batches made before they are wanted, where that takes more than the event loop: they are what hides a slow disk.
 _NUM_AHEAD = 2
+# Slices kept for the next stream of them, up to 4 MiB each.
+_MAX_SLICES = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -120,6 +127,8 @@ class StreamerServicer:
         metrics.add_datasets(datasets)
         self._pool = pool
         self._occupancy = occupancy or Occupancy.alone()
+        # The one used last is the last.
+        self._slices: OrderedDict[tuple[Split, Slice], Split] = OrderedDict()
         self._draining = asyncio.Event()
         # Of streams that may be waiting for credit.
         self._grants: set[Grants] = set()
@@ -205,7 +214,7 @@ class StreamerServicer:
             self._occupancy.add(-1)
 
     async def _batches(self, request: pb.StreamBatchesRequest, sending: Sending) -> AsyncGenerator[_Message, None]:
-        reading = self._check(request)
+        reading = await self._check(request)
         writing, offered_seconds = _Writing(reading), 0.0
         async with aclosing(await self._assembled(reading)) as assembled:
             async for batch in assembled:
@@ -221,7 +230,7 @@ class StreamerServicer:
     async def _pulled(
         self, request: pb.StreamBatchesRequest, requests: AsyncIterator[pb.PullBatchesRequest], sending: Sending
     ) -> AsyncGenerator[_Message, None]:
-        reading = self._check(request)
+        reading = await self._check(request)
         writing, credit = _Writing(reading), Credit(self._settings.max_credit_bytes)
         sending.credit = credit
         async with (
@@ -269,9 +278,9 @@ class StreamerServicer:
         pool = None if transform.is_identity else await self._pool()
         return batches.ahead(batches.assemble(split, plan, reading.shares, transform, pool), _NUM_AHEAD)
 
-    def _check(self, request: pb.StreamBatchesRequest) -> _Reading:
+    async def _check(self, request: pb.StreamBatchesRequest) -> _Reading:
         plan = _plan_of(request.plan)
-        split = self._split(plan.dataset, plan.split, "plan.split")
+        split = await self._split(plan.dataset, plan.split, "plan.split")
         transform = parse(plan.transform, image_shape=split.image_shape)
         limit = batches.max_samples(split, transform, self._settings.max_message_bytes)
         if not limit:
@@ -290,7 +299,7 @@ class StreamerServicer:
         return _Reading(plan, split, transform, shares(plan, split.num_samples, start_position=start, end_position=end))
 
     async def _samples(self, request: mnist_pb2.DataRequest) -> AsyncGenerator[_Message, None]:
-        split = self._split(request.dataset or "mnist", request.split or "train", "split")
+        split = await self._split(request.dataset or "mnist", request.split or "train", "split")
         length = (request.epochs or 1) * split.num_samples
         if request.start > length:
             raise PositionError("start", request.start, length)
@@ -308,17 +317,27 @@ class StreamerServicer:
                 yield 1, sample.SerializeToString()
             position += last - first
 
-    def _split(self, dataset: str, split: str, field: str) -> Split:
+    async def _split(self, dataset: str, split: str, field: str) -> Split:
         if dataset not in self._datasets:
             raise UnknownDatasetError(dataset, self._datasets)
-        splits = self._datasets[dataset].splits
-        if split not in splits:
-            raise InvalidPlanError(field, f"{split[:64]!r} is no split; allowed are {' and '.join(splits)}")
-        return splits[split]
+        base, part = slicing.find(split, self._datasets[dataset].splits, field=field)
+        if part is None:
+            return base
+        key = base, part
+        if key not in self._slices:
+            sliced = await asyncio.to_thread(base.sliced, part)
+            # Of two that were made at once one will do.
+            self._slices.setdefault(key, sliced)
+        self._slices.move_to_end(key)
+        if len(self._slices) > _MAX_SLICES:
+            self._slices.popitem(last=False)
+        return self._slices[key]
 
 
 async def _refuse(context: Context, error: StreamerError) -> NoReturn:
-    await context.abort(next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), str(error))
+    if error.public != str(error):
+        log.warning("stream fails", problem=str(error))
+    await context.abort(next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), error.public)
 
 
 def _check_arrival(request: pb.StreamBatchesRequest, context: Context) -> None:

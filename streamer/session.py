@@ -11,8 +11,6 @@ from streamer.errors import GoingAwayError, IdleReaderError, InvalidPlanError, S
 from streamer.flow import Credit
 
 _HEAR_OUT_SECONDS = 0.5
-# Readers send `open` with the call itself; one that does not holds no place, and a call of the server all the same.
-_OPENING_SECONDS = 10.0
 
 
 async def opening(
@@ -26,7 +24,6 @@ async def opening(
         IdleReaderError: It did not come in time.
         GoingAwayError: ``draining`` was set first.
     """
-    idle_seconds = min(idle_seconds, _OPENING_SECONDS)
     reading = asyncio.ensure_future(anext(requests, None))
     drained = asyncio.create_task(draining.wait())
     try:

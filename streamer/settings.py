@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from rpc.log import Level
 from rpc.settings import Settings, cache_folder
-from streamer.interpreter import num_cores
+from streamer.cores import num_cores
 
 
 class StreamerSettings(Settings):
@@ -28,7 +28,7 @@ class StreamerSettings(Settings):
     """Port of ``/metrics`` for Prometheus, on the same host; 0 for any free one."""
 
     workers: int = Field(1, ge=0, le=256)
-    """Processes that serve; 0: one on each core. Several share the port and the data in memory, on Linux."""
+    """Processes that serve; 0: one on each core it may use. Several share the port and the data in memory, on Linux."""
 
     datasets: str = "mnist"
     """What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``."""
@@ -70,10 +70,16 @@ class StreamerSettings(Settings):
     """Most bytes of images and labels that one reader of PullBatches may have granted and not been sent."""
 
     idle_seconds: float = Field(300.0, gt=0, le=86_400)
-    """How long a stream waits for a reader that takes nothing, or grants nothing, before it is ended."""
+    """
+    How long a stream waits for a reader that takes nothing, or grants nothing, before it is ended; a connection without
+    streams is closed after seven times as long.
+    """
 
     transform_workers: int | None = Field(None, ge=0, le=1024)
     """Processes for transforms, of all workers; None: one on each core, 0: threads. Started with the first one."""
+
+    hang_seconds: float = Field(15.0, ge=1, le=3600)
+    """How long the event loop of one of several workers may stand still before it is killed and another one started."""
 
     drain_seconds: float = Field(10.0, ge=0, le=3600)
     """How long streams may go on after the first signal; readers of batches are told at once to go elsewhere."""

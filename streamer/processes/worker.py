@@ -3,15 +3,17 @@ One of the processes that serve together: ``python -m streamer.processes.worker 
 
 :mod:`streamer.processes.workers` starts it.
 
-Standard input says in JSON what to serve. What comes over the socket are bytes, each of which asks for metrics; what
-goes back are lines of JSON: ``ready``, ``metrics``, or ``problem`` as the last. The process ends when the socket does,
-however that happens.
+Standard input says in JSON what to serve. What comes over the socket are bytes: each ``?`` asks for metrics, each ``!``
+whether the event loop goes round. What goes back are lines of JSON: ``ready``, ``metrics``, ``turns``, or ``problem``
+as the last. The process ends when the socket does, however that happens.
 """
 
 import asyncio
 import json
+import os
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from threading import Lock, Thread
@@ -30,6 +32,9 @@ from streamer.settings import StreamerSettings
 from streamer.sources.places import Reading
 from streamer.sources.split import Dataset, MemoryDataset
 
+# To end in order once the parent has gone.
+_END_SECONDS = 5.0
+
 
 class _Parent:
     """The way to the parent; its socket is left to the end of the process, as a thread waits at it."""
@@ -37,19 +42,41 @@ class _Parent:
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
         self._lock = Lock()
+        self._turns = 0
 
     def listen(self, *, on_asked: Callable[[], totals.Snapshot], on_end: Callable[[], object]) -> None:
-        """Answer from now on, in a thread of its own: while the event loop is busy too."""
+        """Answer from now on, in a thread of its own: while this event loop is busy too."""
+        loop, metrics = asyncio.get_running_loop(), b"{}"
 
-        def answer() -> None:
-            with suppress(ConnectionError):
-                while self._socket.recv(1):
-                    self._say(b'{"metrics": %s}' % totals.encode(on_asked()))
+        def soon(call: Callable[[], object]) -> None:
             # The loop may have closed by itself.
             with suppress(RuntimeError):
-                on_end()
+                loop.call_soon_threadsafe(call)
+
+        def answer() -> None:
+            nonlocal metrics
+            with suppress(ConnectionError):
+                while question := self._socket.recv(1):
+                    if question == b"?":
+                        # Whatever is wrong with metrics: without this thread the process would count as one that hangs.
+                        try:
+                            metrics = totals.encode(on_asked())
+                        except Exception:
+                            structlog.get_logger(__name__).exception("metrics failed")
+                        self._say(b'{"metrics": %s}' % metrics)
+                    else:
+                        # Told of the turns so far, as the loop itself must never wait for this socket.
+                        self._say(b'{"turns": %d}' % self._turns)
+                        soon(self._turn)
+            soon(on_end)
+            # A loop that stands still hears nothing of it, and there is nobody left to kill this process.
+            time.sleep(_END_SECONDS)
+            os._exit(1)
 
         Thread(target=answer, name="parent", daemon=True).start()
+
+    def _turn(self) -> None:
+        self._turns += 1
 
     def tell(self, **what: str) -> None:
         """Say something, if there is someone to hear it."""
@@ -85,13 +112,13 @@ def _obey(order: dict[str, Any], parent: _Parent) -> None:
 async def _serve(
     settings: StreamerSettings, datasets: list[dict[str, Any]], occupancy: Occupancy, parent: _Parent
 ) -> None:
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    task = asyncio.current_task()
     assert task is not None
     reading = reading_of(settings)
     server = StreamerServer(settings, tally=reading.tally, occupancy=occupancy)
     parent.listen(
         on_asked=lambda: totals.snapshot(server.metrics.registry),
-        on_end=lambda: loop.call_soon_threadsafe(task.cancel),
+        on_end=task.cancel,
     )
     try:
         # Its port is bound once there is data: from then on the kernel sends readers here.

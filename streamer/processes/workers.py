@@ -1,9 +1,9 @@
 """
 Several processes that serve as one streamer: one port, one copy of the data in memory, one page of metrics.
 
-Python uses one core. This process starts the others, restarts those that die, and shows their metrics added up; it
-has no part in gRPC itself. The port is shared by SO_REUSEPORT: the kernel gives each new connection to one of those
-who listen, by its addresses and ports, which is by chance.
+Python uses one core. This process starts the others, restarts those that die or hang, and shows their metrics added
+up; it has no part in gRPC itself. The port is shared by SO_REUSEPORT: the kernel gives each new connection to one of
+those who listen, by its addresses and ports, which is by chance.
 """
 
 import asyncio
@@ -26,8 +26,9 @@ from rpc.address import joined
 from rpc.health import Health
 from rpc.telemetry import Endpoint
 from streamer import interpreter
+from streamer.cores import num_cores
 from streamer.errors import WorkerError
-from streamer.occupancy import reserve
+from streamer.occupancy import give_back, reserve
 from streamer.processes import totals
 from streamer.processes.shared import SharedSplit
 from streamer.server import METRICS_PORT_OPTION, PORT_OPTION, load, metrics_of, reading_of
@@ -44,9 +45,13 @@ _FIRST_PAUSE_SECONDS = 0.1
 _LONGEST_PAUSE_SECONDS = 30.0
 # One that ran for so long is restarted after the first pause again.
 _STEADY_SECONDS = 60.0
+# Of each worker, where none serves any more.
 _MAX_FAILED_STARTS = 5
 # One that does not answer is shown as it was the last time.
 _ANSWER_SECONDS = 2.0
+# One hangs after so many questions in a row without a turn of its event loop in between. Counted, and not the time
+# alone: after a pause of this process, or of the whole machine, each has the time of a question to show a turn.
+_QUESTIONS = 5
 _MAX_LINE_BYTES = 16 * 1024**2
 
 _LARGEST = (
@@ -71,8 +76,7 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
         on_ready: Told the address once every process serves.
 
     Raises:
-        StreamerError: There is no usable data; or a process does not start, at first or several times in a row after
-            it died.
+        StreamerError: There is no usable data; or no process starts, at first or several times in a row after all died.
         PortTakenError: A port is taken; raised before any data is fetched.
     """
     if sys.platform != "linux":
@@ -80,13 +84,15 @@ async def serve(settings: StreamerSettings, *, on_ready: Callable[[str], None] |
     async with AsyncExitStack() as stack:
         reserved = stack.enter_context(lifecycle.reserve(settings.host, settings.port, option=PORT_OPTION))
         settings = settings.model_copy(update={"port": reserved.getsockname()[1]})
-        workers = Workers(settings)
+        occupancy = reserve(settings.num_workers)
+        stack.callback(os.close, occupancy)
+        workers = Workers(settings, occupancy)
         endpoint = Endpoint(workers, settings.host, settings.metrics_port, option=METRICS_PORT_OPTION)
         # In a thread: one that asks for metrics waits for this loop.
         stack.push_async_callback(asyncio.to_thread, endpoint.close)
         stack.push_async_callback(workers.stop, 0)
-        told, descriptors = await _share(settings, reading_of(settings), stack)
-        await workers.start(told, descriptors)
+        datasets, descriptors = await _share(settings, reading_of(settings), stack)
+        await workers.start(datasets, descriptors)
         address = joined(settings.host, settings.port)
         log.info("serving", address=address, metrics=endpoint.url, workers=settings.num_workers)
         if on_ready is not None:
@@ -105,12 +111,10 @@ async def _supervise(workers: "Workers", grace_seconds: float) -> None:
 
 async def _share(
     settings: StreamerSettings, reading: Reading, stack: AsyncExitStack
-) -> tuple[dict[str, Any], list[int]]:
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Load what goes into memory; return what to tell the workers about it, and the descriptors they need."""
     told: list[dict[str, Any]] = []
-    occupancy = reserve(settings.num_workers)
-    stack.callback(os.close, occupancy)
-    descriptors = [occupancy]
+    descriptors = []
     for name, place in settings.places.items():
         dataset = await load(name, place, reading)
         try:
@@ -128,7 +132,7 @@ async def _share(
         descriptors += [split.descriptor for split in shared]
         fields = [split.as_json() for split in shared]
         told.append({"name": name, "class_names": dataset.class_names, "splits": fields})
-    return {"count": settings.num_workers, "occupancy": occupancy, "datasets": told}, descriptors
+    return told, descriptors
 
 
 class Workers(Collector):
@@ -137,10 +141,12 @@ class Workers(Collector):
 
     Args:
         settings: With the port that is held for them.
+        occupancy: Descriptor of the memory in which they count their streams.
     """
 
-    def __init__(self, settings: StreamerSettings) -> None:
+    def __init__(self, settings: StreamerSettings, occupancy: int) -> None:
         self._loop = asyncio.get_running_loop()
+        self._occupancy = occupancy
         count = settings.num_workers
         self._workers = [_Worker(number, _part(settings, number, count)) for number in range(count)]
         self._keeping: list[asyncio.Task[None]] = []
@@ -148,27 +154,28 @@ class Workers(Collector):
         self._own = metrics_of(settings, Health([]), reading_of(settings).tally)
         self._ended: totals.Snapshot = {}
 
-    async def start(self, told: Mapping[str, Any], descriptors: Sequence[int]) -> None:
+    async def start(self, datasets: Sequence[Mapping[str, Any]], descriptors: Sequence[int]) -> None:
         """
-        Start all of them and wait until they serve.
+        Start all of them and wait until those serve that can; :meth:`keep` tries the others again.
 
         Args:
-            told: What each of them is told beside its number and settings.
+            datasets: What they are told of each.
             descriptors: Named there, for them to inherit.
 
         Raises:
-            WorkerError: One does not; the others are left running.
+            WorkerError: None does.
         """
-        try:
-            async with asyncio.TaskGroup() as group:
-                for worker in self._workers:
-                    worker.prepare(told, descriptors)
-                    group.create_task(worker.start())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        told = {"count": len(self._workers), "occupancy": self._occupancy, "datasets": datasets}
+        for worker in self._workers:
+            worker.prepare(told, [self._occupancy, *descriptors])
+        async with asyncio.TaskGroup() as group:
+            starts = [group.create_task(self._start(worker)) for worker in self._workers]
+        problems = [problem for start in starts if (problem := start.result()) is not None]
+        if len(problems) == len(self._workers):
+            raise problems[0]
 
     def keep(self, group: asyncio.TaskGroup) -> None:
-        """Restart those that die, until :meth:`stop`; one that cannot be restarted fails the group."""
+        """Restart those that die or hang, until :meth:`stop`; the group fails once none serves and none can start."""
         self._keeping = [group.create_task(self._keep(worker)) for worker in self._workers]
 
     async def stop(self, grace: float | None) -> None:
@@ -189,32 +196,42 @@ class Workers(Collector):
     async def _ask(self) -> None:
         await asyncio.gather(*(worker.ask() for worker in self._workers))
 
+    async def _start(self, worker: "_Worker") -> WorkerError | None:
+        try:
+            await worker.start()
+        except WorkerError as error:
+            worker.failed_starts += 1
+            log.warning("worker does not start", worker=worker.number, times=worker.failed_starts, problem=str(error))
+            return error
+        return None
+
     async def _keep(self, worker: "_Worker") -> None:
-        pause, failures = _FIRST_PAUSE_SECONDS, 0
+        pause = _FIRST_PAUSE_SECONDS
         while True:
-            started = time.monotonic()
-            cause = await worker.ended()
-            self._count(worker)
-            if time.monotonic() - started > _STEADY_SECONDS:
-                pause = _FIRST_PAUSE_SECONDS
-            log.warning("worker died", worker=worker.number, cause=cause, restarts_in=pause)
+            if worker.is_serving:
+                started = time.monotonic()
+                cause = await worker.ended()
+                self._settle(worker)
+                if time.monotonic() - started > _STEADY_SECONDS:
+                    pause = _FIRST_PAUSE_SECONDS
+                log.warning("worker died", worker=worker.number, cause=cause, restarts_in=pause)
             await asyncio.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             self._own.worker_restarts += 1
-            try:
-                await worker.start()
-            except WorkerError as error:
-                failures += 1
-                log.warning("worker does not start", worker=worker.number, problem=str(error))
-                if failures == _MAX_FAILED_STARTS:
-                    raise WorkerError(f"{error}; {failures} times in a row") from error
-            else:
-                failures = 0
+            problem = await self._start(worker)
+            if problem is not None and self._have_failed:
+                raise WorkerError(f"{problem}; {worker.failed_starts} times in a row, and no other serves") from problem
 
-    def _count(self, worker: "_Worker") -> None:
-        """Keep what a process counted before it ended, as far as anyone has seen it."""
+    @property
+    def _have_failed(self) -> bool:
+        """Whether there is nobody left: one that fails while others serve is tried for ever, they are worth more."""
+        return all(worker.failed_starts >= _MAX_FAILED_STARTS for worker in self._workers)
+
+    def _settle(self, worker: "_Worker") -> None:
+        """Keep what a process counted before it ended, as far as anyone has seen it, and free the places it had."""
         self._ended = totals.total((self._ended, totals.growing(worker.metrics)))
         worker.metrics = {}
+        give_back(self._occupancy, worker.number)
 
 
 class _Worker:
@@ -224,6 +241,9 @@ class _Worker:
         self.number = number
         self.metrics: totals.Snapshot = {}
         """As of the last answer."""
+        self.is_serving = False
+        self.failed_starts = 0
+        """In a row."""
         self._settings = settings
         self._order = b""
         self._descriptors: tuple[int, ...] = ()
@@ -232,6 +252,8 @@ class _Worker:
         self._listening: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._answer: asyncio.Future[None] | None = None
+        self._asked_at = 0.0
+        self._turns = 0
         self._problem = ""
 
     def prepare(self, told: Mapping[str, Any], descriptors: Sequence[int]) -> None:
@@ -251,6 +273,7 @@ class _Worker:
             assert self._ready is not None
             async with asyncio.timeout(_START_SECONDS):
                 await self._ready
+            self.is_serving, self.failed_starts = True, 0
         except TimeoutError:
             await self.stop(0)
             raise WorkerError(f"worker {self.number} was not ready after {_START_SECONDS:g} s") from None
@@ -261,23 +284,44 @@ class _Worker:
             raise
 
     async def ended(self) -> str:
-        """Wait until the process has ended, and return how."""
+        """Wait until the process has ended, or hangs and is killed, and return how."""
         assert self._process is not None
         assert self._listening is not None
-        code = await self._process.wait()
+        watching = asyncio.create_task(self._watch())
+        try:
+            code = await self._process.wait()
+            self.is_serving = False
+        finally:
+            watching.cancel()
         # What it said last has been heard then.
         await asyncio.wait((self._listening,))
         return self._problem or _cause(code)
+
+    async def _watch(self) -> None:
+        """Kill the process once its event loop stands still: stopped, or stuck, it would keep its readers for ever."""
+        assert self._process is not None
+        assert self._writer is not None
+        hang_seconds, unturned, turns = self._settings.hang_seconds, 0, -1
+        while unturned < _QUESTIONS:
+            self._writer.write(b"!")
+            await asyncio.sleep(hang_seconds / _QUESTIONS)
+            unturned = unturned + 1 if self._turns == turns else 0
+            turns = self._turns
+        self._problem = f"killed, as its event loop stood still for {hang_seconds:g} s"
+        with suppress(ProcessLookupError):
+            self._process.kill()
 
     async def ask(self) -> None:
         """Bring :attr:`metrics` up to date, if the process answers in time."""
         if self._writer is None or self._writer.is_closing():
             return
         if self._answer is None:
-            self._answer = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._answer, self._asked_at = loop.create_future(), loop.time()
             self._writer.write(b"?")
         with suppress(TimeoutError):
-            async with asyncio.timeout(_ANSWER_SECONDS):
+            # Nobody waits for one that has been silent for longer already.
+            async with asyncio.timeout_at(self._asked_at + _ANSWER_SECONDS):
                 await asyncio.shield(self._answer)
 
     async def stop(self, grace_seconds: float) -> None:
@@ -317,7 +361,7 @@ class _Worker:
                 raise
         reader, self._writer = await asyncio.open_connection(sock=ours, limit=_MAX_LINE_BYTES)
         loop = asyncio.get_running_loop()
-        self._ready, self._answer, self._problem = loop.create_future(), None, ""
+        self._ready, self._answer, self._turns, self._problem = loop.create_future(), None, 0, ""
         self._listening = asyncio.create_task(self._listen(reader, self._ready))
         assert self._process.stdin is not None
         with suppress(ConnectionError):
@@ -344,6 +388,8 @@ class _Worker:
         if kind == "metrics":
             self.metrics = totals.decode(what)
             self._answered()
+        elif kind == "turns":
+            self._turns = what
         elif kind == "problem":
             self._problem = f"worker {self.number}: {what}"
         elif not ready.done():
@@ -359,7 +405,7 @@ def _part(settings: StreamerSettings, number: int, count: int) -> StreamerSettin
     """Return the settings of one worker: its share of what is meant for all of them."""
     transforms = settings.transform_workers
     if transforms is None:
-        transforms = interpreter.num_cores()
+        transforms = num_cores()
     return settings.model_copy(
         update={
             "workers": 1,

@@ -1,7 +1,7 @@
 """What a streamer answers, as a reader sees it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from protos.streamer.v1 import sample_service_pb2 as pb
 from streamer.errors import DataChangedError, RefusedError
 from streamer.reading.stalls import Timings
+from streamer.slicing import Slice
 
 # What another attempt may cure: the replica went away, ended the call as it stopped or because nobody read, or hangs.
 _BROKEN = (
@@ -26,7 +27,7 @@ _CROSSED = "Internal error from Core"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitInfo:
-    """What a streamer says about a split."""
+    """What a streamer says about a split, or what follows from it about a slice of one."""
 
     name: str
     num_samples: int
@@ -36,6 +37,21 @@ class SplitInfo:
     fingerprint: bytes
     """Equal wherever the same samples lie in the same order."""
     label_bytes: int
+    part: Slice | None = field(default=None, repr=False)
+    """What it is of another split, where it is a slice."""
+
+    def sliced(self, part: Slice, name: str) -> "SplitInfo":
+        """Describe a part of it."""
+        return replace(self, name=name, num_samples=part.num_samples, fingerprint=part.fingerprint, part=part)
+
+    def base_indices(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """
+        Return where samples lie in the split's file; the same unless this is a slice, which has indices of its own.
+
+        Args:
+            indices: Of a batch, or any others in ``range(num_samples)``; shape (N,).
+        """
+        return indices if self.part is None else self.part.base_indices(indices)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +73,7 @@ class Batch:
     labels: NDArray[np.int64]
     """Shape (N,)."""
     indices: NDArray[np.int64]
-    """Of the samples in the split's file; shape (N,)."""
+    """Of the samples in the split's file, or in the slice: see :meth:`SplitInfo.base_indices`; shape (N,)."""
     position: int
     """Global position of the global batch this is a share of."""
     next_position: int

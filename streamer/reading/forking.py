@@ -12,6 +12,8 @@ from streamer.errors import ReaderError
 
 # How grpc.aio's own thread is named, which runs while there is a channel.
 _POLLER = "(_poll_wrapper)"
+# One that goes on costs each fork so much.
+_ENDING_SECONDS = 0.5
 
 _is_watching = False
 _runs_at_fork = False
@@ -42,10 +44,14 @@ def check() -> None:
 
 def _before() -> None:
     global _runs_at_fork
-    if _runs():
+    pollers = _pollers()
+    if pollers:
         # An error that is done with may still hold a channel.
         gc.collect()
-    _runs_at_fork = _runs()
+        # grpc.aio takes its thread for ended a moment before it is.
+        for each in pollers:
+            each.join(_ENDING_SECONDS)
+    _runs_at_fork = bool(_pollers())
 
 
 def _after_in_child() -> None:
@@ -53,5 +59,5 @@ def _after_in_child() -> None:
     _is_dead = _is_dead or _runs_at_fork
 
 
-def _runs() -> bool:
-    return any(thread.name.endswith(_POLLER) for thread in threading.enumerate())
+def _pollers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.endswith(_POLLER)]

@@ -10,10 +10,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.address import is_loopback
-from streamer.errors import DataChangedError, ReaderError, RefusedError
+from streamer import slicing
+from streamer.errors import DataChangedError, InvalidPlanError, ReaderError, RefusedError
 from streamer.plan import Plan
 from streamer.reading.answers import Batch, BrokenError, DatasetInfo, SplitInfo, dataset_info, error_of
 from streamer.reading.pull import Pull
+
+WINDOW_BYTES = 8 * 1024**2
+"""Images and labels that may be on their way in a stream, beside one batch, unless its reader says otherwise."""
 
 _UNARY_SECONDS = 10.0
 
@@ -103,11 +107,11 @@ class Replica:
         if plan.dataset not in datasets:
             known = ", ".join(sorted(datasets)) or "none"
             raise RefusedError(self.address, "NOT_FOUND", f"dataset: no {plan.dataset!r}; known are {known}")
-        splits = datasets[plan.dataset].splits
-        if plan.split not in splits:
-            known = ", ".join(sorted(splits))
-            raise RefusedError(self.address, "INVALID_ARGUMENT", f"plan.split: no {plan.split!r}; known are {known}")
-        info = splits[plan.split]
+        try:
+            base, part = slicing.find(plan.split, datasets[plan.dataset].splits)
+        except InvalidPlanError as error:
+            raise RefusedError(self.address, "INVALID_ARGUMENT", str(error)) from error
+        info = base if part is None else base.sliced(part, plan.split)
         if plan.fingerprint and plan.fingerprint != info.fingerprint:
             found, wanted = info.fingerprint.hex(), plan.fingerprint[:32].hex()
             problem = f"plan.fingerprint: this replica serves {found}, not {wanted}"

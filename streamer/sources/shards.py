@@ -30,6 +30,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamer.errors import DataError, DataLossError
+from streamer.slicing import Slice
 from streamer.sources.readahead import Allowance
 from streamer.sources.split import Samples, label_type
 from streamer.sources.tally import Tally
@@ -329,6 +331,16 @@ class ShardedSplit:
         self.stored_bytes = split.num_samples * split.record_bytes
         self.read = records.read
         self.allowance = allowance
+
+    def sliced(self, part: Slice) -> "ShardedSplit":
+        """Return a part of it that reads the same records."""
+
+        async def read(indices: NDArray[np.int64], *, ahead_bytes: int = 0) -> Samples:
+            return await self.read(part.base_indices(indices), ahead_bytes=ahead_bytes)
+
+        sliced = copy(self)
+        sliced.num_samples, sliced.fingerprint, sliced.read = part.num_samples, part.fingerprint, read
+        return sliced
 
 
 class FolderRecords:

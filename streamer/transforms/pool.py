@@ -6,6 +6,7 @@ to get it back after it, from an event loop that is busy with other streams.
 """
 
 import asyncio
+import functools
 import json
 import mmap
 import os
@@ -23,6 +24,7 @@ import structlog
 from numpy.typing import NDArray
 
 from streamer import interpreter
+from streamer.cores import num_cores
 from streamer.errors import TransformError, TransformPoolError
 from streamer.transforms.transform import Transform
 from streamer.transforms.worker import Layout
@@ -72,7 +74,7 @@ class TransformPool:
         max_sample_bytes: int = 64 * 1024**2,
         timeout_seconds: float = 60.0,
     ) -> None:
-        count = interpreter.num_cores() if workers is None else workers
+        count = num_cores() if workers is None else workers
         self._memory_bytes = max(_PART_BYTES, max_sample_bytes)
         self._workers = [_Worker(modules, self._memory_bytes, timeout_seconds) for _ in range(count)]
         self._idle: asyncio.LifoQueue[_Worker] = asyncio.LifoQueue()
@@ -165,9 +167,13 @@ class TransformPool:
             await self._places.acquire()
         finally:
             self.waiting -= 1
+        if not self._workers or Layout(transform, 1).size > self._memory_bytes:
+            apply = functools.partial(transform.apply, images, indices, seed=seed, epoch=epoch)
+            thread = asyncio.get_running_loop().run_in_executor(None, apply)
+            # Not before: it works on when its caller has gone, and many callers could come and go meanwhile.
+            thread.add_done_callback(lambda _: self._places.release())
+            return await asyncio.shield(thread)
         try:
-            if not self._workers or Layout(transform, 1).size > self._memory_bytes:
-                return await asyncio.to_thread(transform.apply, images, indices, seed=seed, epoch=epoch)
             out = np.empty((len(images), *transform.image_shape), transform.dtype)
             await self._all(
                 [

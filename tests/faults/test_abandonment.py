@@ -23,18 +23,40 @@ from tests.streamer.process import ROOT, StreamerProcess, write_digits
 
 MIB = 1024**2
 IDLE_SECONDS = 1.0
+IMPATIENT = {"idle_seconds": IDLE_SECONDS, "max_streams": 2000}
 QUICK_AND_SLOW = [
     pytest.param(100, 1, id="100"),
     pytest.param(1000, 10, id="1000", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
 ]
 
 
-@pytest.fixture
-def streamer(tmp_path: Path) -> Iterator[StreamerProcess]:
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder, 20_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_streamer(digits: Path) -> Iterator[StreamerProcess]:
     """A streamer with little patience."""
-    write_digits(tmp_path, 20_000)
-    with StreamerProcess(tmp_path, idle_seconds=IDLE_SECONDS, max_streams=2000) as process:
+    with StreamerProcess(digits, **IMPATIENT) as process:
         yield process
+
+
+@pytest.fixture
+def new_streamer(digits: Path) -> Iterator[StreamerProcess]:
+    """One that has taken no memory yet."""
+    with StreamerProcess(digits, **IMPATIENT) as process:
+        yield process
+
+
+@pytest.fixture
+def streamer(request: pytest.FixtureRequest) -> StreamerProcess:
+    """A new one where the memory of ten rounds is held against each other, else one for all."""
+    is_long = request.node.get_closest_marker("slow") is not None
+    streamer: StreamerProcess = request.getfixturevalue("new_streamer" if is_long else "shared_streamer")
+    return streamer
 
 
 def in_flight(streamer: StreamerProcess) -> float:

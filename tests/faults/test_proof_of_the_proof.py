@@ -19,6 +19,7 @@ from tests.faults.test_trainer_killed import finish, judged
 from tests.faults.trainer import Job, Trainers
 
 NUM_SEEDS = 20
+SEEDS = pytest.mark.parametrize("num_seeds", [4, pytest.param(NUM_SEEDS, marks=pytest.mark.slow)])
 
 
 @asynccontextmanager
@@ -42,9 +43,12 @@ async def read(streamer: Streamer, path: Path, seed: int, *stops: int, rank: int
     return verify([path])
 
 
-async def test_streamer_that_drops_one_in_10_000_is_caught_every_time(small_data: str, tmp_path: Path) -> None:
+@SEEDS
+async def test_streamer_that_drops_one_in_10_000_is_caught_every_time(
+    small_data: str, tmp_path: Path, num_seeds: int
+) -> None:
     async with broken("drops", small_data, tmp_path) as streamer:
-        for seed in range(NUM_SEEDS):
+        for seed in range(num_seeds):
             verdict = await read(streamer, tmp_path / str(seed), seed)
             # A batch with a wrong sample counts as a whole.
             assert verdict.lost == verdict.unexpected == NUM_SAMPLES // ONE_IN * BATCH_SIZE
@@ -56,19 +60,25 @@ async def test_streamer_that_sends_batches_too_small_is_refused_by_the_reader(sm
             await read(streamer, tmp_path / "ledger", 0)
 
 
-async def test_streamer_that_repeats_after_a_resume_is_caught_every_time(small_data: str, tmp_path: Path) -> None:
+@SEEDS
+async def test_streamer_that_repeats_after_a_resume_is_caught_every_time(
+    small_data: str, tmp_path: Path, num_seeds: int
+) -> None:
     choice = random.Random(2)
     async with broken("repeats", small_data, tmp_path) as streamer:
-        for seed in range(NUM_SEEDS):
+        for seed in range(num_seeds):
             stop = BATCH_SIZE * choice.randrange(1, NUM_SAMPLES // BATCH_SIZE)
             verdict = await read(streamer, tmp_path / str(seed), seed, stop)
             assert (verdict.lost, verdict.unexpected) == (BATCH_SIZE, BATCH_SIZE)
 
 
-async def test_streamer_that_swaps_two_ranks_is_caught_every_time(small_data: str, tmp_path: Path) -> None:
+@SEEDS
+async def test_streamer_that_swaps_two_ranks_is_caught_every_time(
+    small_data: str, tmp_path: Path, num_seeds: int
+) -> None:
     """The two together have each sample once: that alone would show nothing."""
     async with broken("swaps", small_data, tmp_path) as streamer:
-        for seed in range(NUM_SEEDS):
+        for seed in range(num_seeds):
             paths = [tmp_path / f"{seed}-{rank}" for rank in range(2)]
             readings = [read(streamer, path, seed, rank=rank, world_size=2) for rank, path in enumerate(paths)]
             await asyncio.gather(*readings)

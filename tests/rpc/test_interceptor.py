@@ -4,12 +4,13 @@ from __future__ import annotations  # grpc's classes are generic in their stubs 
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from rpc.interceptor import Guard
+from rpc.interceptor import MAX_UNASKED, Guard
 
 SECRET = "the password is 1234"
 
@@ -90,3 +91,82 @@ async def test_each_call_is_one_line_with_its_code(channel: grpc.aio.Channel, me
     assert [(entry["method"], entry["code"]) for entry in logs if entry["event"] == "rpc"] == [
         (f"/Test/{method}", code)
     ]
+
+
+# Calls whose request does not come
+
+
+async def _echo_each(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield request
+
+
+@asynccontextmanager
+async def impatient(request_seconds: float) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server that waits for so long for requests; it has methods of each kind."""
+    server = grpc.aio.server(interceptors=[Guard(request_seconds=request_seconds)])
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Echo": grpc.unary_unary_rpc_method_handler(_echo),
+        "FailMidway": grpc.unary_stream_rpc_method_handler(_fail_midway),
+        "Each": grpc.stream_stream_rpc_method_handler(_echo_each),
+    }
+    for service in ("Test", "grpc.reflection.Test"):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel
+    await server.stop(0)
+
+
+def silent(channel: grpc.aio.Channel, method: str) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+    return channel.stream_stream(f"/{method}")()
+
+
+@pytest.mark.parametrize("method", ["Echo", "FailMidway", "Each"])
+async def test_call_that_sends_no_request_is_ended(method: str) -> None:
+    async with impatient(0.05) as channel:
+        call = silent(channel, f"Test/{method}")
+
+        assert await call.code() is grpc.StatusCode.ABORTED
+        assert await call.details() == "no request came within 0.05 s, or less where many calls wait for theirs"
+
+
+async def test_call_that_ends_without_a_request_is_malformed() -> None:
+    async with impatient(60) as channel:
+        call = silent(channel, "Test/Echo")
+        await call.done_writing()
+
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_longest_of_too_many_silent_calls_make_room_and_the_others_wait_on() -> None:
+    async with impatient(3600) as channel:
+        calls = [silent(channel, "Test/Each") for _ in range(MAX_UNASKED + 10)]
+
+        # Calls of one moment arrive in any order.
+        ends = asyncio.as_completed([asyncio.create_task(call.code()) for call in calls])
+        assert [await next(ends) for _ in range(10)] == [grpc.StatusCode.ABORTED] * 10
+        waiting = [call for call in calls if not call.done()]
+        assert len(waiting) == MAX_UNASKED
+        for call in waiting:
+            await call.write(b"late")
+            assert await call.read() == b"late"
+            await call.done_writing()
+        assert [await end for end in ends] == [grpc.StatusCode.OK] * MAX_UNASKED
+
+
+@pytest.mark.parametrize(
+    ("service", "ended"), [("Test", grpc.StatusCode.OK), ("grpc.reflection.Test", grpc.StatusCode.ABORTED)]
+)
+async def test_messages_after_the_first_may_take_their_time_but_for_reflection(
+    service: str, ended: grpc.StatusCode
+) -> None:
+    async with impatient(0.5) as channel:
+        call = silent(channel, f"{service}/Each")
+        await call.write(b"first")
+        assert await call.read() == b"first"
+
+        await asyncio.sleep(0.8)  # longer than a first one may take
+        await call.done_writing()
+        assert await call.code() is ended

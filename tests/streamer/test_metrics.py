@@ -1,5 +1,6 @@
 import asyncio
 import os
+import re
 import signal
 import sys
 import threading
@@ -24,7 +25,7 @@ from streamer.sources.cache import BlockCache, Reservation
 from streamer.sources.places import Reading, open_dataset
 from streamer.sources.split import MemoryDataset
 from streamer.sources.tally import Tally
-from tests.scraping import becomes, documented, faults, scrape, shown, value
+from tests.scraping import PAGE, becomes, documented, faults, scrape, shown, value
 from tests.streamer.packed import flip, random_split, write_packed
 
 SAMPLES, BATCHES = "MnistService/GetTrainingSamples", "sluice.streamer.v1.SampleService/StreamBatches"
@@ -266,3 +267,12 @@ def test_buckets_hold_all_durations_up_to_their_bound(seconds: list[float]) -> N
     for bound, count in durations.buckets():
         assert count == sum(each <= float(bound) for each in seconds)
     assert durations.seconds == pytest.approx(sum(seconds), abs=1e-7)
+
+
+def test_examples_on_the_page_ask_for_metrics_that_there_are() -> None:
+    examples = re.findall(r"```promql\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    asked = {name for each in examples for name in re.findall(r"\b(?:gateway|streamer|process)_\w+", each)}
+
+    known = set(documented("gateway") | documented("streamer"))
+    assert asked <= known | {f"{name}_{part}" for name in known for part in ("bucket", "sum", "count")}
+    assert len(examples) == 11

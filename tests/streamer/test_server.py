@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -14,15 +14,18 @@ import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from numpy.typing import NDArray
+from structlog.testing import capture_logs
 
 from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
 from rpc.lifecycle import PortTakenError
 from streamer.client import Plan, SampleClient
+from streamer.errors import DataLossError
 from streamer.server import StreamerServer, serve
 from streamer.settings import StreamerSettings
-from streamer.sources.split import MemoryDataset
+from streamer.sources.split import Dataset, MemoryDataset, MemorySplit, Samples
 from tests.streamer.packed import write_packed
 from tests.streamer.streams import streams_become
 
@@ -64,6 +67,27 @@ async def test_taken_port_is_named_with_the_option_that_changes_it(server: Strea
         StreamerServer(StreamerSettings(port=port, metrics_port=0)).bind()
 
 
+class Damaged(MemorySplit):
+    """A split that cannot be read."""
+
+    def gather(self, indices: NDArray[np.int64], gathered: NDArray[np.uint8]) -> Samples:
+        raise DataLossError("/srv/own/train-00002.records", 7, 9, expected="what was written", found="other bytes")
+
+
+async def test_reader_is_told_which_file_is_damaged_and_the_log_where_it_lies(dataset: MemoryDataset) -> None:
+    train = dataset.splits["train"]
+    damaged = Dataset("mnist", (), {"train": Damaged("train", train.images, train.labels, 10)})
+    asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=10))
+    settings = StreamerSettings(port=0, metrics_port=0)
+    async with StreamerServer(settings, [damaged]) as server, grpc.aio.insecure_channel(server.address) as channel:
+        with capture_logs() as logs, pytest.raises(grpc.aio.AioRpcError) as caught:
+            await SampleServiceStub(channel).StreamBatches(asked).read()
+
+    told = "train-00002.records, bytes 7-9: expected what was written, found other bytes"
+    assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.DATA_LOSS, told)
+    assert [each["problem"] for each in logs if each["event"] == "stream fails"] == [f"/srv/own/{told}"]
+
+
 # Readers that go away or stand still
 
 
@@ -83,6 +107,46 @@ async def test_closed_connection_ends_its_streams(server: StreamerServer) -> Non
         assert server.active_streams == 5
 
     await streams_become(server, 0)
+
+
+async def test_silent_calls_keep_no_reader_out(dataset: MemoryDataset) -> None:
+    one = StreamerSettings(port=0, metrics_port=0, max_streams=1)
+    async with StreamerServer(one, [dataset]) as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub, reflected = SampleServiceStub(channel), reflection_pb2_grpc.ServerReflectionStub(channel)
+        silent = [stub.PullBatches() for _ in range(200)] + [reflected.ServerReflectionInfo() for _ in range(200)]
+        # Without the request that it cannot do without.
+        silent += [channel.stream_stream(f"/{SERVICES[1]}/StreamBatches")() for _ in range(200)]
+        # On the same connection, and so after them.
+        asked = pb.StreamBatchesRequest(plan=pb.Plan(dataset="mnist", batch_size=100))
+        batches = [batch async for batch in stub.StreamBatches(asked)]
+        for call in silent:
+            call.cancel()
+
+    assert sum(batch.num_samples for batch in batches) == 1000
+
+
+async def test_connection_without_streams_is_closed(dataset: MemoryDataset) -> None:
+    settings = StreamerSettings(port=0, metrics_port=0, idle_seconds=0.2)
+    async with StreamerServer(settings, [dataset]) as server, grpc.aio.insecure_channel(server.address) as channel:
+        await SampleServiceStub(channel).ListDatasets(pb.ListDatasetsRequest())
+        assert channel.get_state() is grpc.ChannelConnectivity.READY
+        await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        assert channel.get_state() is grpc.ChannelConnectivity.IDLE
+
+
+async def test_connection_whose_stream_stands_still_is_kept(
+    dataset: MemoryDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streamer.server._IDLE_CONNECTION", 0.01)
+    settings = StreamerSettings(port=0, metrics_port=0, idle_seconds=100)
+    async with StreamerServer(settings, [dataset]) as server, grpc.aio.insecure_channel(server.address) as channel:
+        call: Any = SampleServiceStub(channel).PullBatches()
+        plan = pb.Plan(dataset="mnist", batch_size=100)
+        await call.write(pb.PullBatchesRequest(open=pb.StreamBatchesRequest(plan=plan)))
+        await asyncio.sleep(2)  # twice as long as one without a stream would be kept
+        await call.write(pb.PullBatchesRequest(grant_bytes=1))
+        assert (await call.read()).num_samples == 100
+        call.cancel()
 
 
 async def test_reader_that_stands_still_holds_up_nobody_and_misses_nothing(large: StreamerServer) -> None:

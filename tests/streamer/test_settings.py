@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from rpc.settings import SettingsError, load
-from streamer.interpreter import num_cores
+from streamer.cores import num_cores
 from streamer.settings import StreamerSettings
 
 

@@ -198,9 +198,15 @@ class Plan(_message.Message):
     dataset: _builtins.str
     """Required. Unknown: NOT_FOUND."""
     split: _builtins.str
-    """"train" or "test"; empty means "train"."""
+    """"train" or "test"; empty means "train". Or a slice of one, by numbers of samples or percentages:
+    "train[:90%]", "train[90%:]", "train[-5000:]". A slice is a range of a fixed pseudo-random order of
+    the split, with a count and a fingerprint of its own (streamer/slicing.py has the arithmetic).
+    Unknown, out of range or empty: INVALID_ARGUMENT.
+    """
     seed: _builtins.int
-    """Absent means file order. The order depends on (fingerprint, seed, epoch) and nothing else."""
+    """Absent means file order, and of a slice its fixed order. Else the order depends on
+    (fingerprint, seed, epoch) and nothing else.
+    """
     epoch: _builtins.int
     world_size: _builtins.int
     """Ranks reading together; 0 means 1."""
@@ -340,7 +346,9 @@ class Batch(_message.Message):
     """The replica is going away: nothing follows, go on elsewhere at next_position."""
     @_builtins.property
     def indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Indices of the samples in the split's file, for proofs of delivery."""
+        """Indices of the samples in the split's file, for proofs of delivery. Of a slice they are its own,
+        0 to its count - 1: the order, crc32c and the draws of transforms mean the same as for any split.
+        """
 
     @_builtins.property
     def timings(self) -> Global___Timings:

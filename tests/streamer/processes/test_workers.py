@@ -15,7 +15,6 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.streamer.sources.test_cache import size_of
 
 from protos import mnist_pb2, mnist_pb2_grpc
 from protos.streamer.v1 import sample_service_pb2 as pb
@@ -32,6 +31,7 @@ from streamer.sources.tally import Tally
 from tests.scraping import becomes, documented, faults, scrape, shown, value
 from tests.streamer.hosts import Watched, children, host
 from tests.streamer.packed import random_split, write_packed
+from tests.streamer.sources.test_cache import size_of
 from tests.streamer.storage import S3Server
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux spreads connections over processes")
@@ -87,6 +87,37 @@ async def test_killed_worker_is_replaced_and_nobody_misses_a_sample(mnist_folder
         assert len(two.workers()) == 2
 
 
+STUCK_WHEN_TOLD = "import signal, time; signal.signal(signal.SIGUSR1, lambda *_: time.sleep(3600))"
+
+
+def run_first(code: str, folder: Path) -> dict[str, str]:
+    """Return an environment in which each process begins with this code."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGUSR1], ids=["stopped", "stuck"])
+async def test_hanging_worker_is_replaced_and_nobody_misses_a_sample(
+    how: signal.Signals, mnist_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"SLUICE_DATA": str(mnist_folder), "SLUICE_STREAMER_HANG_SECONDS": "3"}
+    async with host(tmp_path, **settings, **run_first(STUCK_WHEN_TOLD, tmp_path)) as two:
+        held, go_on = asyncio.Barrier(9), asyncio.Event()
+        async with asyncio.TaskGroup() as readers:
+            for _ in range(8):
+                readers.create_task(read_epoch(two.address, PLAN, held, go_on))
+            await held.wait()
+            hanging = two.workers()[0]
+            os.kill(hanging, how)
+            go_on.set()
+
+        await becomes(1, two.metrics_url, "streamer_worker_restarts_total")
+        await becomes(2, two.metrics_url, "streamer_workers")
+        assert hanging not in two.workers()
+        (died,) = [event for event in two.events() if event["event"] == "worker died"]
+        assert died["cause"] == "killed, as its event loop stood still for 3 s"
+
+
 async def test_sum_does_not_fall_while_workers_die(mnist_folder: Path, tmp_path: Path) -> None:
     async with host(tmp_path, SLUICE_DATA=str(mnist_folder)) as two:
         for deaths in (1, 2):
@@ -131,6 +162,15 @@ async def test_workers_end_when_their_parent_is_killed(mnist_folder: Path, tmp_p
     async with host(tmp_path, SLUICE_DATA=str(mnist_folder)) as two, grpc.aio.insecure_channel(two.address) as channel:
         await mnist_pb2_grpc.MnistServiceStub(channel).GetTrainingSamples(ENDLESS).read()
         watched = Watched(two.workers())
+        two.process.kill()
+        await watched.ended()
+
+
+async def test_stuck_worker_ends_when_its_parent_is_killed(mnist_folder: Path, tmp_path: Path) -> None:
+    async with host(tmp_path, SLUICE_DATA=str(mnist_folder), **run_first(STUCK_WHEN_TOLD, tmp_path)) as two:
+        watched = Watched(two.workers())
+        for worker in two.workers():
+            os.kill(worker, signal.SIGUSR1)
         two.process.kill()
         await watched.ended()
 
@@ -205,18 +245,78 @@ async def test_workers_share_the_cache_and_its_limit_at_every_moment(s3: S3Serve
             assert value(url, f"streamer_{name}_total") > 0
 
 
-async def test_worker_that_dies_at_every_start_ends_the_streamer_with_the_reason(tmp_path: Path) -> None:
+# Workers that do not start
+
+
+class FailingStarts:
+    """Ends the next workers that start, as many as were called for, by a file for each, which it takes away."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / "failing"
+        self._folder.mkdir()
+        code = f"""
+import os, sys
+if "streamer.processes.worker" in sys.orig_argv:
+    for file in os.scandir({str(self._folder)!r}):
+        try:
+            os.unlink(file)
+        except FileNotFoundError:
+            continue
+        os._exit(3)
+"""
+        self.environment = run_first(code, folder)
+
+    def call_for(self, count: int) -> None:
+        for number in range(count):
+            (self._folder / str(number)).touch()
+
+
+async def test_worker_that_cannot_start_again_is_tried_on_while_the_other_serves(
+    mnist_folder: Path, tmp_path: Path
+) -> None:
+    starts = FailingStarts(tmp_path)
+    async with host(tmp_path, SLUICE_DATA=str(mnist_folder), **starts.environment) as two:
+        # As many as it takes to give up where none serves.
+        starts.call_for(5)
+        os.kill(two.workers()[0], signal.SIGKILL)
+        await becomes(5, two.metrics_url, "streamer_worker_restarts_total")
+        assert value(two.metrics_url, "streamer_workers") == 1
+        await read_epoch(two.address)
+
+        await becomes(2, two.metrics_url, "streamer_workers")
+
+
+async def test_streamer_none_of_whose_workers_starts_again_ends_with_the_reason(tmp_path: Path) -> None:
     await write_packed(tmp_path / "packed", random_split())
     places = {"SLUICE_STREAMER_DATASETS": f"own={tmp_path / 'packed'}", "SLUICE_STREAMER_MEMORY_BYTES": "0"}
     async with host(tmp_path, **places) as two:
         watched = Watched(two.workers())
         shutil.rmtree(tmp_path / "packed")
-        os.kill(two.workers()[0], signal.SIGKILL)
+        for worker in two.workers():
+            os.kill(worker, signal.SIGKILL)
         assert await two.process.wait() == 1
         await watched.ended()
 
     assert "WorkerError: worker" in two.log.read_text()
-    assert "no such folder; 5 times in a row" in two.log.read_text()
+    assert "no such folder; 5 times in a row, and no other serves" in two.log.read_text()
+
+
+async def test_streamer_none_of_whose_workers_starts_at_first_ends_at_once(mnist_folder: Path, tmp_path: Path) -> None:
+    starts = FailingStarts(tmp_path)
+    starts.call_for(2)
+    async with host(tmp_path, SLUICE_DATA=str(mnist_folder), **starts.environment) as none:
+        assert not none.address
+        assert await none.process.wait() == 1
+    assert "WorkerError: worker 0 ended before it was ready" in none.log.read_text()
+
+
+async def test_worker_that_does_not_start_at_first_is_tried_again(mnist_folder: Path, tmp_path: Path) -> None:
+    starts = FailingStarts(tmp_path)
+    starts.call_for(1)
+    async with host(tmp_path, SLUICE_DATA=str(mnist_folder), **starts.environment) as two:
+        await read_epoch(two.address)
+        await becomes(2, two.metrics_url, "streamer_workers")
+        assert value(two.metrics_url, "streamer_worker_restarts_total") == 1
 
 
 async def test_data_that_is_not_there_is_said_as_by_one_process(tmp_path: Path) -> None:
@@ -244,7 +344,6 @@ async def test_limit_of_streams_is_that_of_all_workers_together(mnist_folder: Pa
             await open_stream(three.address, stack)
         method = "MnistService/GetTrainingSamples"
         assert value(url, "streamer_streams_in_flight", method=method) == 7
-        # What a dead worker had open is free again, once there is another.
         os.kill(three.workers()[1], signal.SIGKILL)
         await becomes(1, url, "streamer_worker_restarts_total")
         await becomes(3, url, "streamer_workers")
@@ -252,6 +351,23 @@ async def test_limit_of_streams_is_that_of_all_workers_together(mnist_folder: Pa
         await becomes(0, url, "streamer_streams_in_flight", method=method)
         for _ in range(7):
             await open_stream(three.address, stack)
+
+
+async def test_places_of_a_dead_worker_are_free_before_there_is_another(mnist_folder: Path, tmp_path: Path) -> None:
+    starts, limit = FailingStarts(tmp_path), {"SLUICE_STREAMER_MAX_STREAMS": "8", "SLUICE_DATA": str(mnist_folder)}
+    async with host(tmp_path, **limit, **starts.environment) as two, AsyncExitStack() as stack:
+        for _ in range(8):
+            await open_stream(two.address, stack)
+        starts.call_for(100)
+        os.kill(two.workers()[0], signal.SIGKILL)
+        await becomes(1, two.metrics_url, "streamer_workers")
+
+        # How many of them it had is a matter of chance.
+        left = value(two.metrics_url, "streamer_streams_in_flight", method="MnistService/GetTrainingSamples")
+        for _ in range(8 - int(left)):
+            await open_stream(two.address, stack)
+        with pytest.raises(grpc.aio.AioRpcError, match="serves 8 streams at once and all are taken"):
+            await open_stream(two.address, stack)
 
 
 async def test_processes_for_transforms_are_divided_among_the_workers(mnist_folder: Path, tmp_path: Path) -> None:
@@ -274,12 +390,16 @@ async def test_metrics_of_all_workers_look_like_those_of_one_process(
 
 
 async def test_stopped_worker_does_not_hold_up_the_metrics(mnist_folder: Path, tmp_path: Path) -> None:
-    async with host(tmp_path, SLUICE_DATA=str(mnist_folder)) as two:
+    """Only who asks first waits for it, 2 s: thirty who did would take a minute."""
+    async with host(tmp_path, SLUICE_DATA=str(mnist_folder), SLUICE_STREAMER_HANG_SECONDS="3600") as two:
         await read_epoch(two.address)
         before = value(two.metrics_url, "streamer_sent_samples_total", dataset="mnist")
         for worker in two.workers():
             os.kill(worker, signal.SIGSTOP)
-        assert value(two.metrics_url, "streamer_sent_samples_total", dataset="mnist") == before == 1000
+        began = time.monotonic()
+        for _ in range(30):
+            assert value(two.metrics_url, "streamer_sent_samples_total", dataset="mnist") == before == 1000
+        assert time.monotonic() - began < 30
         for worker in two.workers():
             os.kill(worker, signal.SIGCONT)
 

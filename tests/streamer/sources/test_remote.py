@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.streamer.sources.test_cache import size_of
 
 from streamer.errors import DataLossError, NoObjectError
 from streamer.order import Order
@@ -25,6 +24,7 @@ from streamer.sources.shards import PackedSplit
 from streamer.sources.split import MemorySplit
 from streamer.sources.tally import Counts, Tally
 from tests.streamer.packed import flip, random_split, write_packed
+from tests.streamer.sources.test_cache import size_of
 from tests.streamer.storage import S3Server
 
 BLOCK = 16 * 25

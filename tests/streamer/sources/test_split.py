@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streamer.slicing import Slice
 from streamer.sources.split import Fingerprint, MemorySplit, label_type
 
 
@@ -21,6 +22,19 @@ async def test_read_gives_samples_in_the_order_asked_for() -> None:
     assert (images == split.images[[7, 0, 7]]).all()
     assert (labels == split.labels[[7, 0, 7]]).all()
     assert images.flags.c_contiguous
+
+
+async def test_slice_reads_and_gathers_what_the_whole_has_there() -> None:
+    whole = random_split()
+    part = Slice(whole.fingerprint, 50, 10, 40)
+    sliced, wanted = whole.sliced(part), np.array([7, 0, 29, 7])
+    rows = part.base_indices(wanted)
+
+    for images, labels in (await sliced.read(wanted), sliced.gather(wanted, np.empty((30, 3, 5), np.uint8))):
+        assert (images == whole.images[rows]).all()
+        assert (labels == whole.labels[rows]).all()
+    assert (sliced.num_samples, sliced.fingerprint) == (30, part.fingerprint)
+    assert sliced.images is whole.images
 
 
 def test_arrays_become_read_only() -> None:

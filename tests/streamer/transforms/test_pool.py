@@ -22,9 +22,11 @@ from streamer.transforms.transform import Transform, parse
 MOMENT_SECONDS = 20.0
 
 TROUBLE = """
-import os, signal, time
+import os, signal, threading, time
 from dataclasses import dataclass
 from streamer.transforms.steps import PixelStep, register
+
+go_on = threading.Event()
 
 @dataclass(frozen=True)
 class Trouble(PixelStep):
@@ -39,6 +41,8 @@ class Trouble(PixelStep):
                 os.kill(os.getpid(), signal.SIGKILL)
             if trouble == 15:
                 time.sleep(60)
+            if trouble == 16:
+                go_on.wait()
         return images
 
 register(Trouble)
@@ -192,6 +196,25 @@ async def test_batches_beyond_the_bound_wait(
     assert pool.waiting == 6  # of ten, with two for each of two processes begun
     await asyncio.gather(*calls)
     assert pool.waiting == 0
+
+
+async def test_thread_whose_caller_went_away_keeps_its_place_until_it_ends(
+    trouble: Transform, images: NDArray[np.uint8], indices: NDArray[np.int64]
+) -> None:
+    images[0, 0, 0] = 16
+    async with TransformPool(0) as pool:
+        gone = [asyncio.create_task(pool.apply(trouble, images, indices, seed=1, epoch=0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        for call in gone:
+            call.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+
+        next_one = asyncio.create_task(pool.apply(trouble, images, indices, seed=1, epoch=0))
+        await asyncio.sleep(0)
+        waiting = pool.waiting
+        sys.modules["trouble_step"].go_on.set()
+        assert waiting == 1
+        np.testing.assert_array_equal(await next_one, images)
 
 
 async def test_close_ends_the_work_of_callers_and_all_processes(trouble: Transform, images: NDArray[np.uint8]) -> None:

@@ -1,94 +1,26 @@
-"""What a training loop gets from a streamer in a process of its own, in plain loops and through DataLoaders."""
+"""What a training loop gets from a streamer, which share of it, and where it goes on."""
 
 import contextlib
-import gc
 import json
-import multiprocessing
-import os
 import pickle
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
 import time
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
-from streamer.client import Batch, BatchReader, Plan, Remainder
+from streamer.client import Batch, BatchReader, Remainder
 from streamer.errors import ReaderError, StreamerError
-from streamer.loading import StreamedDataset, StreamedLoader, TensorBatch, _tensors
+from streamer.loading import StreamedDataset, StreamedLoader, TensorBatch
 from streamer.proof import verify
 from streamer.reading.cursor import StateError
-from streamer.reading.division import Division
-from streamer.reading.recording import Origin
+from tests.streamer.loading.conftest import NOWHERE, NUM_SAMPLES, PLAN, facts, indices, loader, tensors
 
 pytestmark = pytest.mark.timeout(300)
-
-NUM_SAMPLES = 40
-PLAN = Plan(dataset="mnist", seed=7, batch_size=3)
-NOWHERE = "127.0.0.1:1"
-
-
-@pytest.fixture(scope="module")
-def streamer(tiny_mnist: Path) -> Iterator[str]:
-    """A streamer in a process of its own, as gRPC outlives no fork."""
-    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
-    command = [sys.executable, "-m", "sluice", *arguments]
-    # Nobody reads on: a line an RPC would fill the pipe.
-    quiet = {**os.environ, "SLUICE_STREAMER_LOG_LEVEL": "warning"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet) as process:
-        assert process.stderr is not None
-        words = next(line for line in process.stderr if line.startswith("listening on ")).split()
-        yield words[2].rstrip(";")
-        process.terminate()
-        process.communicate(timeout=60)
-
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """No thread and no process outlives a test."""
-    yield
-    gc.collect()  # a DataLoader ends its workers when it is collected
-    assert [thread.name for thread in threading.enumerate() if thread.name == "sluice-batch-reader"] == []
-    assert multiprocessing.active_children() == []
-
-
-@pytest.fixture(autouse=True)
-def no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-Facts = tuple[int, int, bool, bytes, bytes, bytes]
-
-
-def facts(batch: TensorBatch) -> Facts:
-    images, labels = batch.images.numpy().tobytes(), batch.labels.numpy().tobytes()
-    return batch.position, batch.next_position, batch.end_of_epoch, batch.indices.tobytes(), labels, images
-
-
-def indices(batches: list[TensorBatch]) -> list[int]:
-    return [int(index) for batch in batches for index in batch.indices]
-
-
-def tensors(batch: Batch) -> TensorBatch:
-    division = Division(PLAN, NUM_SAMPLES, 0)
-    (leg,) = division.legs(0, 1)
-    return _tensors(batch, leg, division, Origin(plan=PLAN, num_samples=NUM_SAMPLES, start_position=0))
-
-
-def loader(dataset: StreamedDataset, num_workers: int, **options: Any) -> DataLoader[TensorBatch]:
-    return DataLoader(dataset, batch_size=None, num_workers=num_workers, **options)
 
 
 # What comes
@@ -121,7 +53,7 @@ def test_workers_give_the_very_batches_in_the_very_order(
 
 
 def test_spawned_workers_give_the_same(streamer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     dataset = StreamedDataset(streamer, PLAN)
     alone = [facts(batch) for batch in dataset]
 
@@ -437,106 +369,6 @@ def test_epoch_out_of_range_is_refused() -> None:
         StreamedDataset(NOWHERE, PLAN).set_epoch(-1)
 
 
-# Workers
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"in_order": False}, "in_order: False is not allowed"),
-        ({"batch_size": 4}, r"batch_size: not allowed; Plan\(batch_size"),
-        ({"shuffle": True}, r"shuffle: not allowed; Plan\(seed"),
-        ({"sampler": range(4)}, "sampler: not allowed"),
-        ({"batch_sampler": [range(4)]}, "batch_sampler: not allowed"),
-        ({"collate_fn": list}, "collate_fn: not allowed; batches come whole"),
-    ],
-)
-def test_option_about_samples_is_refused(options: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=f"^{words}"):
-        StreamedLoader(StreamedDataset(NOWHERE, PLAN), **options)
-
-
-def test_persistent_workers_follow_the_epoch(streamer: str) -> None:
-    dataset = StreamedDataset(streamer, PLAN)
-    batches = loader(dataset, 2, persistent_workers=True)
-    seen = []
-    for epoch in range(3):
-        dataset.set_epoch(epoch)
-        seen.append(indices(list(batches)))
-    del batches
-
-    alone = []
-    for epoch in range(3):
-        dataset.set_epoch(epoch)
-        alone.append(indices(list(dataset)))
-    assert seen == alone
-
-
-def test_persistent_workers_that_nobody_tells_of_a_pass_say_so(streamer: str) -> None:
-    dataset = StreamedDataset(streamer, PLAN)
-    batches = loader(dataset, 1, persistent_workers=True)
-    list(batches)
-    with pytest.raises(ReaderError, match="call set_epoch before each pass"):
-        list(batches)
-    del batches
-
-
-def test_error_in_a_worker_is_raised_in_the_loop(streamer: str) -> None:
-    with pytest.raises(ReaderError, match="no 'cifar'; known are"):
-        list(loader(StreamedDataset(streamer, replace(PLAN, dataset="cifar")), 1))
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_leaving_the_loop_leaves_nothing(streamer: str, num_workers: int, error: type[BaseException] | None) -> None:
-    def work() -> None:
-        for _ in StreamedLoader(StreamedDataset(streamer, PLAN, prefetch_batches=1), num_workers=num_workers):
-            if error is not None:
-                raise error
-            break
-
-    with contextlib.nullcontext() if error is None else pytest.raises(error):
-        work()
-    # The fixture looks for what is left.
-
-
-def test_fork_after_reading_is_done_just_works(streamer: str) -> None:
-    with BatchReader(streamer, PLAN) as reader:
-        assert len(list(reader)) == 14
-
-    assert len(list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))) == 14
-
-
-def test_fork_after_reading_failed_just_works(streamer: str) -> None:
-    with pytest.raises(StreamerError, match="cifar"), BatchReader(streamer, replace(PLAN, dataset="cifar")) as reader:
-        list(reader)
-
-    assert len(list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))) == 14
-
-
-def test_fork_in_the_middle_of_reading_is_named(streamer: str) -> None:
-    with BatchReader(streamer, PLAN, prefetch_batches=1) as reader:
-        batches = iter(reader)
-        next(batches)
-        try:
-            with pytest.raises(ReaderError, match='multiprocessing_context="spawn"'):
-                list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))
-        except RuntimeError as error:
-            # A process forked while a thread is inside gRPC may die of that before it can say anything.
-            if "exited unexpectedly" not in str(error):
-                raise
-
-        # What was going on goes on.
-        assert len(list(batches)) == 13
-
-
-async def test_fork_beside_a_channel_of_the_programs_own_is_named(streamer: str) -> None:
-    async with grpc.aio.insecure_channel(streamer) as channel:
-        await channel.channel_ready()
-        with pytest.raises(ReaderError, match='multiprocessing_context="spawn"'):
-            list(loader(StreamedDataset(streamer, PLAN), 1, multiprocessing_context="fork"))
-
-
 # Proof and insight
 
 
@@ -610,48 +442,3 @@ def test_plain_loader_with_workers_has_nothing_to_report(streamer: str) -> None:
 
     with pytest.raises(ReaderError, match="StreamedLoader"):
         dataset.report()
-
-
-# Ctrl-C
-
-_INTERRUPTED = """
-    import sys, time
-    from streamer.client import Plan
-    from streamer.loading import StreamedDataset, StreamedLoader
-
-    address, num_workers, method = sys.argv[1:]
-    dataset = StreamedDataset(address, Plan(dataset="mnist", seed=7, batch_size=1))
-    if __name__ == "__main__":
-        count = int(num_workers)
-        for batch in StreamedLoader(dataset, num_workers=count, multiprocessing_context=method if count else None):
-            print("reading", flush=True)
-            time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("to_group", [False, True])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_interrupt_ends_everything_at_once(streamer: str, tmp_path: Path, num_workers: int, to_group: bool) -> None:
-    script = tmp_path / "job.py"
-    script.write_text(textwrap.dedent(_INTERRUPTED))
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, str(script), streamer, str(num_workers), "fork"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": root},
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "reading\n"
-        # In a terminal Ctrl-C goes to the workers too.
-        (os.killpg if to_group else os.kill)(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-
-        assert process.returncode == -signal.SIGINT
-        assert errors.rstrip().endswith("KeyboardInterrupt")
-        # Its session is empty: no worker is left.
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
