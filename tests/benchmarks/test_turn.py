@@ -37,6 +37,6 @@ async def test_turn_that_hangs_is_killed_with_its_children(tmp_path: Path) -> No
     os.mkfifo(fifo)
     closed = asyncio.create_task(asyncio.to_thread(fifo.read_bytes))
 
-    with pytest.raises(TurnError, match="did not end within 5 s"):
-        await _turn("hangs", tmp_path, timeout_seconds=5, fifo=str(fifo))
+    with pytest.raises(TurnError, match="did not end within 3 s"):
+        await _turn("hangs", tmp_path, timeout_seconds=3, fifo=str(fifo))
     await asyncio.wait_for(closed, 60)

@@ -46,7 +46,14 @@ def test_demo_reports_its_accuracy_and_leaves_nothing(tmp_path: Path, tiny_mnist
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="SIGINT"),
+        # sluice/interruption.py takes both alike, as its own tests show.
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+    ],
+)
 def test_demo_interrupted_in_training_leaves_nothing(tmp_path: Path, small_mnist: Path, number: signal.Signals) -> None:
     with start_demo(tmp_path, small_mnist) as process:
         assert process.stdout is not None

@@ -18,9 +18,11 @@ from loadtest.targets import make
 from protos.gateway.v1 import image_service_pb2 as pb
 
 SERVICE_SECONDS = 0.005
-STALL = (1.0, 3.0)
-SECONDS = 4.0
-RATE = 100.0
+STALL = (0.5, 2.5)
+SECONDS = 3.0
+RATE = 50.0
+# What a slow machine takes to answer all whom the stall kept waiting.
+PATIENCE = 0.3
 
 
 class StallingServer:
@@ -72,13 +74,13 @@ async def test_open_loop_is_right_about_a_stall(stalling: StallingServer, sample
 
     expected = sorted(seconds_to_answer(number / RATE) for number in range(int(SECONDS * RATE)))
     assert latencies.count == len(expected)
-    assert latencies.at(99) == pytest.approx(expected[-len(expected) // 100 - 1], rel=0.05)
-    assert latencies.at(90) == pytest.approx(expected[-len(expected) // 10 - 1], rel=0.05)
-    assert latencies.slowest == pytest.approx(expected[-1], rel=0.05)
+    assert latencies.at(99) == pytest.approx(expected[-len(expected) // 100 - 1], abs=PATIENCE)
+    assert latencies.at(90) == pytest.approx(expected[-len(expected) // 10 - 1], abs=PATIENCE)
+    assert latencies.slowest == pytest.approx(expected[-1], abs=PATIENCE)
 
 
 async def test_closed_loop_hides_a_stall(stalling: StallingServer, samples: list[Sample]) -> None:
-    """One call of many was slow; half the users who came in these four seconds would have waited."""
+    """One call of many was slow; two thirds of the users who came in these three seconds would have waited."""
     latencies = await measured(stalling, ClosedLoop(callers=1), samples)
 
     assert latencies.slowest > 1.9

@@ -14,6 +14,7 @@ from rpc.settings import cache_folder
 from serving.installation import Installation, install
 from serving.settings import TritonSettings
 from serving.triton import EmbeddedTriton
+from training import manifest
 
 CONFIG = (Path(__file__).parents[2] / "model_repository" / "mnist" / "config.pbtxt").read_text()
 
@@ -46,6 +47,21 @@ def add_version(repository: Path, model: str, version: int) -> torch.jit.ScriptM
     module.save(str(staged / "model.pt"))
     staged.rename(repository / model / str(version))
     return module
+
+
+def seal(repository: Path, model: str, version: int) -> Path:
+    """Give a version the rest of its files, as a publisher does; return its folder."""
+    folder = repository / model / str(version)
+    (folder / "card.json").write_text("{}")
+    (folder / "golden.safetensors").write_bytes(b"golden")
+    manifest.write(folder, model=model, version=version)
+    return folder
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def add_model(repository: Path, model: str) -> None:
@@ -97,7 +113,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def triton_settings(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> TritonSettings:
     log_file = tmp_path_factory.mktemp("logs") / "triton.log"
-    return on_free_ports(model_repository=repository, log_file=log_file, intra_op_threads=1)
+    return on_free_ports(model_repository=repository, log_file=log_file, intra_op_threads=1, stop_grace_seconds=0)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
