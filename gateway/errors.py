@@ -57,6 +57,10 @@ class UpstreamUnavailableError(UpstreamError):
     """Triton cannot be reached, or has no model to answer with yet; another try may succeed."""
 
 
+class ReplacedError(UpstreamUnavailableError):
+    """The default version went away between looking it up and asking it; its successor can be asked."""
+
+
 class UpstreamTimeoutError(UpstreamError):
     """No answer within the caller's deadline or the gateway's own limit; the call may still be running."""
 

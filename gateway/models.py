@@ -201,6 +201,8 @@ class Catalog:
         complaints: set[str] = set()
         versions: dict[str, list[ServedVersion]] = {}
         for one, card in zip(loaded, cards, strict=True):
+            if card is None:
+                card = self._card_before(one.name, one.version)
             if isinstance(card, str):
                 complaints.add(card)
                 card = Card()
@@ -219,6 +221,12 @@ class Catalog:
             for name, ones in versions.items()
         }
 
+    def _card_before(self, name: str, version: int) -> Card:
+        """Return what was known of a version without a card: one that is withdrawn answers as before to its end."""
+        model = self._models.get(name)
+        known = (served.card for served in model.versions if served.version == version) if model else iter(())
+        return next(known, Card())
+
     def _forget(self, refreshing: asyncio.Task[None]) -> None:
         self._refreshing = None
         # Marks the error as seen: every caller who wanted it may have gone.
@@ -233,13 +241,13 @@ def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
     return ServedVersion(loaded.name, loaded.version, names, loaded.embedding_width, loaded.max_batch_size, card)
 
 
-def _read_card(repository: Path, name: str, version: int) -> Card | str:
-    """Return the card, an empty one where there is none, or what is wrong with it."""
+def _read_card(repository: Path, name: str, version: int) -> Card | str | None:
+    """Return the card, none where there is none, or what is wrong with it."""
     path = repository / name / str(version) / "card.json"
     try:
         return Card.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        return Card()
+        return None
     except OSError as error:
         return str(error)
     except ValidationError as error:

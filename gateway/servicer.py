@@ -17,6 +17,7 @@ from gateway.errors import (
     InvalidImageError,
     InvalidRequestError,
     OverloadedError,
+    ReplacedError,
     UnknownModelError,
     UnknownVersionError,
     UpstreamContractError,
@@ -70,12 +71,22 @@ _INLINE_PIXELS = 128 * 128
 _CHUNK = 32
 
 
+# A version went away and the caller did not ask for that one: the next best answers. Twice, as the first look may have
+# been on its way already when the version went.
+_REPLACEMENTS = 2
+
+
 def _answering(
     method: Callable[[Any, Request, Context], Awaitable[Response]],
 ) -> Callable[[Any, Request, Context], Awaitable[Response]]:
     @wraps(method)
     async def answered(self: Any, request: Request, context: Context) -> Response:
         try:
+            for _ in range(_REPLACEMENTS):
+                try:
+                    return await method(self, request, context)
+                except ReplacedError:
+                    await self._catalog.refresh()
             return await method(self, request, context)
         except GatewayError as error:
             await _abort(context, error)
@@ -241,7 +252,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             if request.model_version:
                 raise
             # The caller did not choose the version that just went away.
-            raise UpstreamUnavailableError(f"{model.name} is being replaced; try again") from error
+            raise ReplacedError(f"{model.name} is being replaced; try again") from error
         except UpstreamError:
             self._on_upstream_error()
             raise

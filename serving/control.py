@@ -112,14 +112,21 @@ class TritonControl:
             return False  # it went away in between, or is not so far yet
         return bool(getattr(answer, claim))
 
-    async def load(self, model: str) -> None:
+    async def load(self, model: str, *, config: str | None = None) -> None:
         """
         Load ``model``, or what is new in its folder, and wait until it is loaded and warmed up.
+
+        Args:
+            model: Name in the model repository.
+            config: A whole configuration as JSON that holds until the next load; none takes the model's own.
 
         Raises:
             ControlError: Triton could not; the versions that ran before go on running.
         """
-        await self._call("RepositoryModelLoad", service_pb2.RepositoryModelLoadRequest(model_name=model))
+        request = service_pb2.RepositoryModelLoadRequest(model_name=model)
+        if config is not None:
+            request.parameters["config"].string_param = config
+        await self._call("RepositoryModelLoad", request)
 
     async def unload(self, model: str) -> None:
         """

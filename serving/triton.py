@@ -15,7 +15,7 @@ from typing import IO, Self
 import structlog
 
 from rpc.address import joined
-from serving import keeper, orphans
+from serving import keeper, orphans, soundness
 from serving.control import TritonControl
 from serving.errors import ControlError, PortTakenError, ServingError, TritonStartError
 from serving.installation import Installation, install
@@ -53,6 +53,7 @@ class EmbeddedTriton:
         self._prefix = orphans.new_prefix()
         self._process: asyncio.subprocess.Process | None = None
         self._log_start = 0
+        self._inspections: dict[str, soundness.Inspection] = {}
 
     @property
     def address(self) -> str:
@@ -70,7 +71,8 @@ class EmbeddedTriton:
         """
         Start Triton with every model that has a version, and wait until it serves.
 
-        A version that does not load is logged as a warning and left out; a repository without any version is fine.
+        A version that does not load, or is not what was published, is logged as a warning and left out; a repository
+        without any version is fine.
         Cancelling this, or an error, leaves nothing running.
 
         Raises:
@@ -89,6 +91,7 @@ class EmbeddedTriton:
             )
         await orphans.clear(self._settings.stop_grace_seconds + _KEEPER_SECONDS)
         require_free_ports(self._settings)
+        self._inspections = await asyncio.to_thread(_inspect_all, repository)
         try:
             await self._spawn()
             await self._wait_live()
@@ -182,7 +185,8 @@ class EmbeddedTriton:
             *(f"--backend-config=python,{name}={value}" for name, value in python.items()),
             # With a model that has no version, --load-model=* would end the server.
             "--model-control-mode=explicit",
-            *(f"--load-model={model}" for model in servable_models(settings.model_repository)),
+            # One version that does not load would keep the others of its model from loading: that comes afterwards.
+            *(f"--load-model={model}" for model, found in self._inspections.items() if not found.damaged),
             "--exit-on-error=false",
             # Completing a configuration costs a stub, and 3 s, for each model; ours are complete, as libtorch asks.
             "--disable-auto-complete-config",
@@ -206,6 +210,7 @@ class EmbeddedTriton:
                 if not live.done():
                     raise TritonStartError(f"Triton ended with status {ended.result()} while starting{self._tail()}")
                 live.result()
+                await self._load_around_damage(control)
                 await _warn_of_failures(control)
             except ControlError as error:
                 raise TritonStartError(f"{error} (SLUICE_TRITON_READY_TIMEOUT_SECONDS){self._tail()}") from error
@@ -213,6 +218,15 @@ class EmbeddedTriton:
                 live.cancel()
                 ended.cancel()
                 await asyncio.wait({live, ended})
+
+    async def _load_around_damage(self, control: TritonControl) -> None:
+        for model, found in self._inspections.items():
+            for version, reason in found.damaged.items():
+                log.warning("version refused", model=model, version=version, reason=reason)
+            if found.damaged and found.sound:
+                # What Triton says against one is in its index, where the next step finds it.
+                with contextlib.suppress(ControlError):
+                    await soundness.load(control, self._settings.model_repository, model, found)
 
     async def _live(self, control: TritonControl) -> None:
         seconds = self._settings.ready_timeout_seconds
@@ -295,6 +309,10 @@ def require_free_ports(settings: TritonSettings) -> None:
                 ) from error
             reason = error.strerror or error
             raise TritonStartError(f"cannot listen on {address}: {reason} (SLUICE_TRITON_HOST)") from error
+
+
+def _inspect_all(repository: Path) -> dict[str, soundness.Inspection]:
+    return {model: soundness.inspect(repository, model) for model in servable_models(repository)}
 
 
 async def _accepts(host: str, port: int) -> bool:

@@ -31,10 +31,18 @@ stream = typer.Typer(
     help="A running streamer, and proof of what was read from it.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(stream, name="stream")
+tune = typer.Typer(
+    help="Search for the best settings of a run; see docs/tune-your-own-data.md.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
+)
+app.add_typer(tune, name="tune")
 
 
 # As in gateway.client, which takes as long to import as NumPy.
 Similarity = Literal["unspecified", "embedding_cosine", "pixel_cosine", "ssim"]
+# As in training.precision, which imports torch.
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 def _gateway_address() -> str:
@@ -222,7 +230,7 @@ def bench(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="Named run to start from: mnist or smoke.")] = "mnist",
+    recipe: Annotated[str | None, typer.Option(help="Named run to start from: mnist or smoke [mnist].")] = None,
     streamer: Annotated[
         str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
     ] = None,
@@ -233,6 +241,23 @@ def train(
         typer.Option(help="Time to fill with whole epochs: at least 40,000 samples, at most 25 epochs [3]."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config, as in optim.lr=0.001; repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with a recipe and fields, as --print-config writes it.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole config as YAML, with each field's meaning, and end.")
+    ] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[auto|FOLDER]",
+            help="Go on with the run in FOLDER; auto: with the newest unfinished one of this config, else begin.",
+        ),
+    ] = None,
     triton: Annotated[
         str | None,
         typer.Option(help="Triton to load the new version, host:port; by default one that answers here."),
@@ -241,11 +266,24 @@ def train(
     ledger: Annotated[
         Path | None, typer.Option(help="File that proves what was trained on, for `sluice stream verify`.")
     ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Of the published version; auto: the fastest on this machine that keeps the accuracy."),
+    ] = "float32",
+    force: Annotated[
+        bool, typer.Option("--force", help="Publish also what is worse than the current version.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Train on the stream and publish the next version; Triton loads it where it runs."""
+    """
+    Train on the stream and publish the next version; Triton loads it where it runs.
+
+    Ctrl-C once keeps the run's state after the step, for --resume; twice stops at once.
+    """
     from sluice.interruption import unwind_on_sigterm
-    from sluice.training import TrainOptions, run
+    from sluice.training import TrainOptions, configure, run
+    from training.errors import StoppedError
+    from training.overrides import as_yaml
 
     log.configure("warning")  # to standard error, as the result is on the other
     unwind_on_sigterm()
@@ -259,9 +297,240 @@ def train(
         triton=triton,
         load=load,
         ledger=ledger,
+        assignments=tuple(assignments or ()),
+        config=config,
+        resume=resume,
+        precision=precision,
+        force=force,
     )
-    result = run(options, report=_say)
+    if print_config:
+        print(as_yaml(configure(options)), end="")
+        return
+    try:
+        result = run(options, report=_say)
+    except StoppedError as stopped:
+        _say(str(stopped))
+        raise typer.Exit(128 + stopped.signal) from stopped
     print(json.dumps(result.as_json()) if as_json else result.as_text())
+
+
+@app.command()
+def evaluate(
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="A run, a checkpoint, or a version such as model_repository/mnist/1; else the newest run."),
+    ] = None,
+    streamer: Annotated[
+        str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Name as the streamer lists it; else what it was trained on.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split to measure on, or a slice of one such as train[90%:].")] = "test",
+    validation: Annotated[
+        str | None, typer.Option(help="Split to fit the temperature on; by default the run's own, '' for none.")
+    ] = None,
+    corruptions: Annotated[bool, typer.Option("--corruptions", help="Measure on spoilt images, too.")] = False,
+    samples: Annotated[int, typer.Option(min=1, help="Images that each corruption is tried on.")] = 1000,
+    ood: Annotated[
+        str, typer.Option(help="Other data sets to tell apart, separated by commas: fashion-mnist, noise, inverted.")
+    ] = "",
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the corruptions.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; by default the run's, or one in runs for a version.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Whether to write report.html and its figures.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what is in evaluation.json.")] = False,
+) -> None:
+    """Measure accuracy, calibration, robustness and the detection of unknown images; see docs/evaluation.md."""
+    from sluice.evaluate import EvaluateOptions, run
+    from sluice.interruption import unwind_on_sigterm
+
+    log.configure("warning")
+    unwind_on_sigterm()
+    options = EvaluateOptions(
+        target=target,
+        streamer=streamer,
+        dataset=dataset,
+        split=split,
+        validation=validation,
+        corruptions=corruptions,
+        samples=samples,
+        ood=ood,
+        seed=seed,
+        out=out,
+        report=report,
+    )
+    outcome = run(options, say=_say)
+    print(outcome.record.model_dump_json(by_alias=True) if as_json else outcome.as_text())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(help="New folder for model, card, golden answers and manifest.")],
+    precision: Annotated[
+        Precision, typer.Option(help="Arithmetic; auto: the fastest here that keeps the accuracy.")
+    ] = "auto",
+    streamer: Annotated[
+        str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the run's.")] = None,
+) -> None:
+    """Write a run's network as a version to publish later, here or elsewhere; see docs/publishing.md."""
+    from sluice.release import ExportOptions
+    from sluice.release import export as run_export
+
+    options = ExportOptions(run=run, out=out, precision=precision, streamer=streamer, name=name)
+    print(run_export(options, report=_say))
+
+
+@app.command()
+def publish(
+    source: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a folder that `sluice export` wrote.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the run's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also where it is worse than the current version.")] = False,
+    precision: Annotated[
+        Precision, typer.Option(help="Of a run; auto: the fastest here that keeps the accuracy.")
+    ] = "auto",
+    streamer: Annotated[
+        str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+    ] = None,
+    triton: Annotated[
+        str | None,
+        typer.Option(help="Triton to load the new version, host:port; by default one that answers here."),
+    ] = None,
+    load: Annotated[bool, typer.Option(help="Whether to have a Triton load the new version.")] = True,
+) -> None:
+    """Publish a network as the next version, unless it is worse than the current one; Triton loads it where it runs."""
+    from sluice.release import PublishOptions
+    from sluice.release import publish as run_publish
+
+    options = PublishOptions(
+        source=source, name=name, force=force, precision=precision, streamer=streamer, triton=triton, load=load
+    )
+    print(run_publish(options, report=_say))
+
+
+@app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    to: Annotated[int | None, typer.Option(min=1, help="Version; by default the one below the newest.")] = None,
+    triton: Annotated[
+        str | None,
+        typer.Option(help="Triton to load the version, host:port; by default one that answers here."),
+    ] = None,
+    load: Annotated[bool, typer.Option(help="Whether to tell a Triton.")] = True,
+) -> None:
+    """Let an earlier version answer again; those above it are kept out of sight, and --to brings them back."""
+    from sluice.release import RollbackOptions
+    from sluice.release import rollback as run_rollback
+
+    print(run_rollback(RollbackOptions(model=model, to=to, triton=triton, load=load), report=_say))
+
+
+@tune.callback()
+def tune_search(
+    context: typer.Context,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="YAML file of the search; options are laid over it.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Name as the streamer lists it [mnist].")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of a data set, which is then streamed for this search.")
+    ] = None,
+    streamer: Annotated[
+        str | None,
+        typer.Option(help="Address of a running streamer; by default one that has the data, else one of its own."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the search and of its model; by default the data set's.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Named run that every trial starts from [mnist].")] = None,
+    trials: Annotated[int | None, typer.Option(help="Combinations to try [20].")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early [8].")] = None,
+    minutes: Annotated[float | None, typer.Option(help="End after this time with what there is.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=LOW..HIGH[,log][,whole] or FIELD=A|B|C",
+            help="What to vary, once for each; by default learning rate, decay, smoothing, dropout, augmentation.",
+        ),
+    ] = None,
+    fixed: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="What every trial has, once for each.")
+    ] = None,
+    goal: Annotated[
+        str | None, typer.Option(metavar="[validation_accuracy|validation_loss]", help="What is to be best.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seeds what is tried, weights and the order of samples.")] = None,
+    cpus: Annotated[int | None, typer.Option(help="Cores of a trial [4, or all].")] = None,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of a trial, or a part of one [1, where there is one].")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Most trials at once [as many as fit].")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, HOST:PORT or auto; by default Ray on this machine alone.")
+    ] = None,
+) -> None:
+    """Search for the best settings of a run, on this machine or a Ray cluster; see docs/tune-your-own-data.md."""
+    if context.invoked_subcommand is not None:
+        return
+    from sluice.tune import TuneOptions, begin
+
+    log.configure("warning")
+    options = TuneOptions(
+        file=file,
+        name=name,
+        dataset=dataset,
+        data=data,
+        streamer=streamer,
+        recipe=recipe,
+        goal=goal,
+        trials=trials,
+        epochs=epochs,
+        minutes=minutes,
+        seed=seed,
+        vary=vary or (),
+        fixed=fixed or (),
+        cpus=cpus,
+        gpus=gpus,
+        concurrency=concurrency,
+    )
+    if not begin(options, cluster=address, report=_say):
+        raise KeyboardInterrupt
+
+
+@tune.command()
+def resume(
+    name: Annotated[str, typer.Argument(help="Of a search that was stopped or killed.")],
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster, HOST:PORT or auto; by default Ray on this machine alone.")
+    ] = None,
+) -> None:
+    """Go on with a search; no finished trial is done again, and failed ones get another chance."""
+    from sluice.tune import resume as run
+
+    log.configure("warning")
+    if not run(name, cluster=address, report=_say):
+        raise KeyboardInterrupt
+
+
+@tune.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Of a search, running or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, and draw nothing.")] = False,
+) -> None:
+    """Print all trials of a search, the best first, and write its CSV and pictures."""
+    from sluice.tune import show as run
+
+    run(name, as_json=as_json)
+
+
+@tune.command("best")
+def best_of(name: Annotated[str, typer.Argument(help="Of a search, running or not.")]) -> None:
+    """Print the command that trains a search's winner on all training images and publishes it."""
+    from sluice.tune import best_command
+
+    print(best_command(name))
 
 
 @app.command()

@@ -3,7 +3,9 @@
 import asyncio
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM)
@@ -37,3 +39,33 @@ async def run_until_stopped(work: Coroutine[Any, Any, None]) -> bool:
 def unwind_on_sigterm() -> None:
     """Have SIGTERM end this process as Ctrl-C does, cleaning up on the way, with the status that a shell expects."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+@contextmanager
+def asked_to_stop(report: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
+    """
+    Have the first SIGINT or SIGTERM only be noted, for a loop that asks; a second one ends the process' work at once.
+
+    Args:
+        report: Told at the first one.
+
+    Yields:
+        What returns the number of the first signal, None while there was none.
+    """
+    noted: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if not noted:
+            noted.append(number)
+            report("stopping after this step; once more stops at once")
+        elif number == signal.SIGTERM:
+            sys.exit(128 + number)
+        else:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, note) for number in _STOPPING}
+    try:
+        yield lambda: noted[0] if noted else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,40 +9,41 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from rpc.address import joined
 from rpc.settings import SettingsError, load
-from serving.control import TritonControl
-from serving.errors import ServingError
 from serving.settings import TritonSettings
+from sluice.interruption import asked_to_stop
+from sluice.release import deploy, explain
 from streamer.client import SplitInfo
 from streamer.settings import StreamerSettings
+from training import overrides
 from training.config import TrainConfig
+from training.errors import ConfigError
 from training.evaluate import Evaluation
+from training.folders import RESULT, config_of, unfinished
 from training.loop import Step
-from training.recipes import RECIPES
+from training.precision import Choice
+from training.recipes import DEFAULT_RECIPE
 from training.run import Result, train
 
 _RUNS = Path("runs")
 _OPTION_OF = {
     "seed": "--seed",
-    "lr": "--lr",
-    "seconds": "--minutes",
-    "max_epochs": "--epochs",
-    "streamer": "--streamer",
+    "optim.lr": "--lr",
+    "budget.seconds": "--minutes",
+    "budget.max_epochs": "--epochs",
+    "data.streamer": "--streamer",
 }
-_LOOK_SECONDS = 1.0
-_LOAD_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainOptions:
     """What the command line gave; none means as in the recipe."""
 
-    recipe: str
+    recipe: str | None
     streamer: str | None
     seed: int | None
     epochs: int | None
@@ -51,6 +52,16 @@ class TrainOptions:
     triton: str | None
     load: bool = True
     ledger: Path | None = None
+    assignments: tuple[str, ...] = ()
+    """``field=value`` each."""
+    config: Path | None = None
+    """YAML of a recipe and fields."""
+    resume: str | None = None
+    """``auto``, or the folder of a run."""
+    precision: Choice = "float32"
+    """Of the version that is published."""
+    force: bool = False
+    """Publish also what is worse than the current version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,41 +91,44 @@ class Outcome:
         loaded = f"loaded by Triton at {self.loaded_by}" if self.loaded_by else "`sluice up` serves it"
         return (
             f"{card.model} version {card.version}: {self.result.evaluation.accuracy:.2%} of "
-            f"{self.result.evaluation.num_samples} test images right; {loaded}. Run kept in {self.result.folder}"
+            f"{self.result.evaluation.num_samples} test images right; {loaded}. "
+            f"{self.result.folder}/report.html shows the run"
         )
 
 
 def configure(options: TrainOptions) -> TrainConfig:
     """
-    Return the recipe's config with the given options laid over it.
+    Return the recipe's config with file, assignments and options laid over it, from low to high weight.
 
     Raises:
-        SettingsError: No such recipe, or a value out of range.
+        SettingsError: No such recipe or field, or a value out of range.
     """
-    if options.recipe not in RECIPES:
-        raise SettingsError(f"--recipe {options.recipe}: no such recipe; known are {', '.join(sorted(RECIPES))}")
     if options.epochs is not None and options.minutes is not None:
         raise SettingsError("--epochs and --minutes both say how long to train; give one of them")
-    place = load(StreamerSettings)
-    given: dict[str, dict[str, Any]] = {
-        "data": {"streamer": options.streamer or joined(place.host, place.port)},
-        "optim": {} if options.lr is None else {"lr": options.lr},
-        "budget": {},
-    }
-    if options.minutes is not None:
-        given["budget"] = {"seconds": options.minutes * 60}
-    if options.epochs is not None:
-        given["budget"] = {"seconds": None, "max_epochs": options.epochs}
-    config = RECIPES[options.recipe]().model_dump()
-    for part, values in given.items():
-        config[part] |= values
-    if options.seed is not None:
-        config["seed"] = options.seed
     try:
-        return TrainConfig.model_validate(config)
-    except ValidationError as error:
-        problems = (f"{_OPTION_OF[str(fault['loc'][-1])]}: {fault['msg']}" for fault in error.errors())
-        raise SettingsError("; ".join(problems)) from error
+        recipe, values = (None, {}) if options.config is None else overrides.read(options.config)
+        values |= overrides.parse(options.assignments) | _given(options)
+        if "data.streamer" not in values:
+            place = load(StreamerSettings)
+            values["data.streamer"] = joined(place.host, place.port)
+        return overrides.overridden(overrides.recipe(options.recipe or recipe or DEFAULT_RECIPE), values)
+    except ConfigError as error:
+        message = str(error)
+        for path, option in _OPTION_OF.items():
+            if path in _given(options):
+                message = message.replace(f"{path} = ", f"{option}: {path} = ")
+        raise SettingsError(message) from error
+
+
+def _given(options: TrainOptions) -> dict[str, Any]:
+    """Return what short options say, by path."""
+    values = {"data.streamer": options.streamer, "seed": options.seed, "optim.lr": options.lr}
+    given: dict[str, Any] = {path: value for path, value in values.items() if value is not None}
+    if options.minutes is not None:
+        given["budget.seconds"] = options.minutes * 60
+    if options.epochs is not None:
+        given |= {"budget.seconds": None, "budget.max_epochs": options.epochs}
+    return given
 
 
 def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
@@ -127,40 +141,51 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
 
     Raises:
         SettingsError, TrainingError, StreamerError: As :func:`training.run.train`.
-        ServingError: A Triton named by ``options.triton`` did not load the version; it stays published.
+        ServingError: The Triton named by ``options.triton`` does not answer; or one does, and did not load the
+            version, or answered differently: the version is withdrawn.
     """
-    config = configure(options)
-    settings = load(TritonSettings)
+    config, resume = _config_and_folder(options)
+    repository = load(TritonSettings).model_repository
     report(f"asking the streamer at {config.data.streamer}")
     with ProgressView() as view:
-        result = train(config, repository=settings.model_repository, runs=_RUNS, observer=view, ledger=options.ledger)
+        result = train(
+            config,
+            repository=repository,
+            runs=_RUNS,
+            observer=view,
+            ledger=options.ledger,
+            resume=resume,
+            stopping=asked_to_stop(report),
+            precision=options.precision,
+            force=options.force,
+            report=report,
+        )
     report(str(result.stalls))
-    report(f"published {settings.model_repository / result.card.model / str(result.card.version)}")
-    address = options.triton or joined(settings.host, settings.grpc_port)
-    loaded = options.load and asyncio.run(
-        _load(address, result.card.model, must=options.triton is not None, report=report)
-    )
-    return Outcome(result=result, loaded_by=address if loaded else None)
+    explain(result.exported, report)
+    report(f"published {repository / result.card.model / str(result.card.version)}")
+    loaded_by = asyncio.run(deploy(repository, result.card, options.triton, report)) if options.load else None
+    return Outcome(result=result, loaded_by=loaded_by)
 
 
-async def _load(address: str, model: str, *, must: bool, report: Callable[[str], None]) -> bool:
-    """Load the newest version; a Triton that nobody named may be absent, or may refuse."""
-    async with TritonControl(address) as control:
-        try:
-            # Live, not ready: one version that does not load, or is being unloaded, makes the server unready.
-            await control.wait_live(timeout_seconds=_LOAD_SECONDS if must else _LOOK_SECONDS)
-        except ServingError:
-            if must:
-                raise
-            return False
-        try:
-            await control.load(model)
-        except ServingError as error:
-            if must:
-                raise
-            report(f"not loaded: {error}")
-            return False
-    return True
+def _config_and_folder(options: TrainOptions) -> tuple[TrainConfig, Path | None]:
+    """Return what to train, and the run to go on with if there is one."""
+    if options.resume is None:
+        return configure(options), None
+    if options.resume == "auto":
+        config = configure(options)
+        return config, unfinished(_RUNS, config)
+    named = [option for path, option in _OPTION_OF.items() if path != "data.streamer" and path in _given(options)]
+    given = {"--set": options.assignments, "--config": options.config, "--recipe": options.recipe}
+    named += [option for option, value in given.items() if value]
+    if named:
+        raise SettingsError(f"--resume {options.resume}: goes on with the run's own config; leave out {named[0]}")
+    folder = Path(options.resume)
+    config = config_of(folder)
+    if (folder / RESULT).exists():
+        raise SettingsError(f"--resume {folder}: that run is finished, and its version published")
+    if options.streamer is not None:
+        config = overrides.overridden(config, {"data.streamer": options.streamer})
+    return config, folder
 
 
 class ProgressView:
@@ -214,6 +239,13 @@ class ProgressView:
                 f"epoch {step.epoch + 1}/{step.epochs}: loss {step.loss:.3f}, training accuracy {step.accuracy:.2%}, "
                 f"{step.samples_per_second:.0f} samples/s"
             )
+
+    def validated(self, step: Step, evaluation: Evaluation) -> None:
+        """Say what an epoch came to."""
+        self._print(
+            f"after epoch {step.epoch + 1}: {evaluation.accuracy:.2%} of {evaluation.num_samples} "
+            "validation images right"
+        )
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Say how good the network is."""

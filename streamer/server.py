@@ -41,9 +41,9 @@ _REQUEST_SECONDS = 10.0
 # Health watches, calls without a request, and for a moment each: those that have just come, checks, what is refused,
 # and streams that were ended and whose readers have not taken notice.
 _SPARE_RPCS = MAX_WATCHERS + MAX_UNASKED + 512
-# Times the wait for an idle reader: 35 minutes, unless set otherwise. gRPC's own clients let a connection without calls
-# go after 30; one that a server closes is a line in the log of whoever uses it.
-_IDLE_CONNECTION = 7
+# Times the wait for an idle reader: ten minutes, unless set otherwise. Streams that were ended, and whose readers never
+# take notice, count as calls until then; a connection that a server closes is a line in the log of whoever uses it.
+_IDLE_CONNECTION = 2
 # Every request here is a few hundred bytes.
 _MAX_REQUEST_BYTES = 64 * 1024
 

@@ -1,26 +1,46 @@
-"""A run's state on disk: weights as safetensors, the rest as JSON; no pickle, never half-written."""
+"""
+A run's state on disk: tensors as safetensors, the rest as JSON; no pickle, and never half-written.
 
+A checkpoint is a folder ``step-00001234`` with a manifest of SHA-256 digests. It gets that name when all of it is on
+disk, and is never changed after. What was learnt at the best epoch, without what it takes to go on from there, is
+``best-00001200`` where the newest checkpoint is another. ``last`` and ``best`` beside them are links; a run that goes
+on takes the newest that holds what its manifest says.
+"""
+
+import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from training.config import TrainConfig
 from training.errors import CheckpointError
 from training.model import Network
 
-_WEIGHTS = "weights.safetensors"
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by part and name; ``weights`` are those in training, ``average`` is their average where there is one."""
+
 _STATE = "state.json"
+_MANIFEST = "manifest.json"
+_SUFFIX = ".safetensors"
+_NAME = re.compile(r"step-([0-9]{8,})")
+_BEST = "best"
+_KEPT = 2
+"""Newest checkpoints that stay: one more than needed, should the newest be damaged."""
 
 
 class State(BaseModel):
-    """What a checkpoint says besides the weights."""
+    """What a checkpoint says besides its tensors."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -29,26 +49,42 @@ class State(BaseModel):
     step: int
     """Optimizer steps taken."""
     epoch: int
-    """Epoch of the last step, from 0."""
-    position: int
-    """The streamer's cursor: position in that epoch's order after the last step."""
+    """Epochs finished."""
     fingerprint: str
     """Hex digest of the training data, as the streamer gives it."""
     data: dict[str, Any] = Field(default_factory=dict)
     """What ``StreamedDataset.load_state`` takes to go on behind the last step."""
+    loop: dict[str, Any] = Field(default_factory=dict)
+    """What ``Loop.resume`` takes: schedule, budget and running means."""
+    random: dict[str, Any] = Field(default_factory=dict)
+    """What ``randomness.restore`` takes besides tensors."""
+    validation: dict[str, float] = Field(default_factory=dict)
+    """Accuracy and loss on the validation split at the end of this epoch; empty within one."""
+    best_accuracy: float | None = None
+    """Highest accuracy on the validation split so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A network with the state of the run that made it."""
+    """What a run had learnt: the average of its weights where it keeps one, else the weights."""
 
     network: Network
     state: State
 
 
-def save(folder: Path, network: Network, state: State) -> None:
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint as it is on disk, and which newer ones are damaged."""
+
+    folder: Path
+    state: State
+    parts: dict[str, dict[str, Tensor]]
+    complaints: list[str] = field(default_factory=list)
+
+
+def save(folder: Path, parts: Parts, state: State) -> None:
     """
-    Write a checkpoint to ``folder``, replacing what is there only once all of it is on disk.
+    Write a checkpoint to ``folder``, which holds all of it or is not there; a kill at any moment leaves litter at most.
 
     Raises:
         OSError: Disk full or not writable; what was there before still is.
@@ -56,42 +92,152 @@ def save(folder: Path, network: Network, state: State) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
-        save_file(weights, temporary / _WEIGHTS)
+        for name, tensors in parts.items():
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary / (name + _SUFFIX))
         (temporary / _STATE).write_text(state.model_dump_json(indent=2))
-        for name in (_WEIGHTS, _STATE):
-            _sync(temporary / name)
+        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        (temporary / _MANIFEST).write_text(json.dumps(digests, indent=2))
+        for path in (*temporary.iterdir(), temporary):
+            _sync(path)
         temporary.chmod(0o755)  # mkdtemp makes it private
-        before = temporary.with_suffix(".before")
-        if folder.exists():
-            folder.rename(before)  # a folder cannot replace another one in one step; killed here, both are on disk
-        temporary.rename(folder)
+        if folder.exists():  # damaged, or from a run that went on from an older one
+            os.rename(folder, temporary.with_suffix(".before"))
+        os.rename(temporary, folder)
         _sync(folder.parent)
-        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_suffix(".before"), ignore_errors=True)
 
 
-def load(folder: Path) -> Checkpoint:
+def read(folder: Path) -> Saved:
     """
-    Read a checkpoint that :func:`save` wrote, onto the CPU.
+    Read what :func:`save` wrote, onto the CPU, once its digests are found right.
 
     Raises:
         CheckpointError: Names the file and what is wrong with it.
     """
     try:
+        digests = json.loads((folder / _MANIFEST).read_bytes())
+        for name, digest in digests.items():
+            if _digest(folder / name) != digest:
+                raise CheckpointError(f"{folder / name}: damaged: its SHA-256 is not that of {_MANIFEST}")
         state = State.model_validate_json((folder / _STATE).read_bytes())
-        weights = load_file(folder / _WEIGHTS)
+        parts = {path.stem: load_file(path) for path in folder.glob(f"*{_SUFFIX}") if path.name in digests}
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder}: no checkpoint here; {error.filename or error} is missing") from error
-    except (ValidationError, SafetensorError) as error:
+    except (ValidationError, SafetensorError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}: not readable: {error}") from error
-    network = Network(state.num_classes, dropout=state.config.dropout)
+    return Saved(folder, state, parts)
+
+
+def load(folder: Path) -> Checkpoint:
+    """
+    Return what a run had learnt, on the CPU.
+
+    Args:
+        folder: A checkpoint, or a run's folder, of which it is the best checkpoint, else the newest.
+
+    Raises:
+        CheckpointError: Names the file and what is wrong with it.
+    """
+    if (folder / "checkpoints").is_dir():
+        best = folder / "checkpoints" / _BEST
+        return load(best) if best.exists() else _learnt(newest(folder / "checkpoints"))
+    return _learnt(read(folder))
+
+
+def is_any(checkpoints: Path) -> bool:
+    """Return whether a run has come as far as its first checkpoint, damaged or not."""
+    return bool(_all(checkpoints))
+
+
+def newest(checkpoints: Path) -> Saved:
+    """
+    Return the newest checkpoint of a run that is not damaged, and what was wrong with newer ones.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    complaints: list[str] = []
+    for folder in reversed(_all(checkpoints)):
+        try:
+            saved = read(folder)
+        except CheckpointError as error:
+            complaints.append(str(error))
+        else:
+            return Saved(folder, saved.state, saved.parts, complaints)
+    raise CheckpointError("; ".join(complaints) or f"{checkpoints}: no checkpoint here")
+
+
+def keep(checkpoints: Path, parts: Parts, state: State, *, is_best: bool) -> Path:
+    """
+    Save a run's checkpoint as the newest, and as the best if it is; remove those that are neither, and litter.
+
+    Raises:
+        OSError: Disk full or not writable; the checkpoints before it still are there.
+    """
+    folder = checkpoints / f"step-{state.step:08}"
+    save(folder, parts, state)
+    for name in ("last", _BEST) if is_best else ("last",):
+        _point(checkpoints / name, folder)
+    best = _best_of(checkpoints)
+    for old in (*_all(checkpoints)[:-_KEPT], *checkpoints.glob(f"{_BEST}-*")):
+        if old.resolve() != best:
+            shutil.rmtree(old, ignore_errors=True)
+    for litter in checkpoints.glob(".*"):
+        shutil.rmtree(litter, ignore_errors=True)
+    return folder
+
+
+def keep_best(checkpoints: Path, weights: Mapping[str, Tensor], state: State) -> Path:
+    """
+    Save what a run had learnt at its best epoch, before :func:`keep` saves where it stands.
+
+    Raises:
+        OSError: Disk full or not writable; the best before it still is there.
+    """
+    folder = checkpoints / f"{_BEST}-{state.step:08}"
+    save(folder, {"weights": weights}, state)
+    _point(checkpoints / _BEST, folder)
+    return folder
+
+
+def _best_of(checkpoints: Path) -> Path:
+    return (checkpoints / _BEST).resolve()
+
+
+def _all(checkpoints: Path) -> list[Path]:
+    """Return all checkpoints by age, the oldest first."""
+    found = {int(match[1]): path for path in _entries(checkpoints) if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found)]
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    return folder.iterdir() if folder.is_dir() else iter(())
+
+
+def _learnt(saved: Saved) -> Checkpoint:
+    model = saved.state.config.model
+    network = Network(saved.state.num_classes, dropout=model.dropout, batch_norm=model.batch_norm)
     try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: made for another network: {error}") from error
-    return Checkpoint(network, state)
+        network.load_state_dict(saved.parts["average" if "average" in saved.parts else "weights"])
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{saved.folder}: made for another network: {error}") from error
+    return Checkpoint(network, saved.state)
+
+
+def _point(link: Path, folder: Path) -> None:
+    """Let a link name another folder, in one step."""
+    temporary = link.with_name(f".{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(folder.name)
+    os.rename(temporary, link)
+    _sync(link.parent)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,13 +1,12 @@
 """
-One training run: steps over epochs of batches, under a schedule that fits a time budget.
+The loop: steps over epochs of batches, under a schedule that fits a budget.
 
 Axes: N images, C channels, H height, W width, K classes.
 """
 
-import math
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +14,15 @@ from torch.nn import functional as F
 
 from streamer.loading import TensorBatch
 from training.config import TrainConfig
-from training.errors import DivergedError
+from training.devices import device_of_choice, is_half
+from training.ema import Average
+from training.meters import Meters, Reading
 from training.model import Network
-from training.optim import learning_rate, make_optimizer
+from training.optim import gradient_norm, guarded_step, make_optimizer, set_rate
+from training.pace import Pace
+from training.schedule import learning_rate
 
-# The first steps allocate memory and choose kernels; their time says nothing about the rest.
-_UNREPRESENTATIVE_STEPS = 4
+__all__ = ["Loop", "Step", "device_of_choice", "fit", "images_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,16 +40,13 @@ class Step:
     position: int
     """Position in the epoch's order from which to go on: the streamer's cursor."""
     loss: float
-    """Running mean of the training loss."""
+    """Running mean of the training loss, when it was read last."""
     accuracy: float
-    """Running mean of the share of training samples classified right, 0..1."""
+    """Running mean of the share of training samples classified right, 0..1, when it was read last."""
+    lr: float
+    """Learning rate of this step."""
     samples_per_second: float
     """Rate so far, without the first few steps."""
-
-
-def device_of_choice() -> torch.device:
-    """Return the GPU where torch sees one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def images_of(batch: TensorBatch) -> Tensor:
@@ -65,7 +64,9 @@ def fit(
     on_step: Callable[[Step], None],
 ) -> Step:
     """
-    Train in place and return the last step.
+    Train in place, without checkpoints and validation, and return the last step.
+
+    With ``config.ema`` the weights are the averages in the end.
 
     Args:
         network: On the device to train on.
@@ -77,90 +78,145 @@ def fit(
     Raises:
         DivergedError: The loss is not finite; the weights are those before that step.
     """
-    run = _Run(network, config, num_samples)
-    epoch = 0
-    while epoch < run.epochs:
-        for batch in batches_of(epoch):
-            on_step(run.step(epoch, batch))
-        epoch += 1
-        run.plan(done=epoch)
-    return run.last
+    loop = Loop(network, config, num_samples=num_samples)
+    while loop.epoch < loop.epochs:
+        for step in loop.steps(batches_of(loop.epoch)):
+            on_step(step)
+        loop.end_epoch()
+    network.load_state_dict(loop.result.state_dict())
+    return loop.last
 
 
-class _Run:
-    """The state of a run between steps."""
+class Loop:
+    """
+    A run in training: what it needs from step to step, and nothing of where its batches come from.
 
-    def __init__(self, network: Network, config: TrainConfig, num_samples: int) -> None:
+    On a GPU no step waits for the device: loss and failures are added up there and read every ``config.log_steps``.
+
+    Args:
+        network: On the device to train on; trained in place.
+        config: The whole run.
+        num_samples: Samples in one epoch.
+    """
+
+    def __init__(self, network: Network, config: TrainConfig, *, num_samples: int) -> None:
         self.network = network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-        self.config = config
-        self.num_samples = num_samples
-        self.epochs = config.budget.max_epochs
-        self.optimizer = make_optimizer(network, config.optim)
         self.device = next(network.parameters()).device
-        self.started = self.clock_from = time.perf_counter()
-        self.samples = self.clocked_samples = self.number = 0
-        self.progress = 0.0
-        self.loss = self.accuracy = math.nan
+        self.optimizer = make_optimizer(network, config.optim)
+        self.average = None if config.ema.decay is None else Average(network, config.ema.decay, config.ema)
+        self.meters = Meters(self.device)
+        self.pace = Pace(config.budget, num_samples)
+        self.epoch = 0
+        """Epochs finished; the number of the one that is being trained on."""
+        self.number = 0
+        """Steps taken."""
         self.last: Step
-
-    def step(self, epoch: int, batch: TensorBatch) -> Step:
-        self._schedule()
-        here = batch.to(self.device)
-        loss, correct = self._backward(images_of(here), here.labels)
-        self.optimizer.step()
-        self._count(len(batch.labels), loss, correct / len(batch.labels))
-        if self.number == 4 * _UNREPRESENTATIVE_STEPS:
-            self.plan(done=0)
-        self.last = Step(
-            number=self.number,
-            epoch=epoch,
-            epochs=self.epochs,
-            samples=self.samples,
-            position=batch.next_position,
-            loss=self.loss,
-            accuracy=self.accuracy,
-            samples_per_second=self.rate,
-        )
-        return self.last
+        """The last one of them."""
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if config.compile else network
+        self._config = config
+        self._is_half = is_half(config.precision, self.device)
+        # A CPU has nothing to wait for.
+        self._read_steps = 1 if self.device.type == "cpu" else config.log_steps
+        self._reading = Reading()
 
     @property
-    def rate(self) -> float:
-        """Samples a second, above 0."""
-        return max(self.clocked_samples, 1) / max(time.perf_counter() - self.clock_from, 1e-9)
+    def epochs(self) -> int:
+        """Epochs planned."""
+        return self.pace.epochs
 
-    def plan(self, *, done: int) -> None:
-        """Fit the number of epochs to the rate measured so far."""
-        self.epochs = self.config.budget.epochs(
-            self.num_samples,
-            done=done,
-            elapsed_seconds=time.perf_counter() - self.started,
-            samples_per_second=self.rate,
+    @property
+    def result(self) -> Network:
+        """What has been learnt so far: the average of the weights where there is one, else the weights."""
+        return self.network if self.average is None else self.average.network
+
+    def steps(self, batches: Iterable[TensorBatch]) -> Iterator[Step]:
+        """
+        Take a step with each batch of the epoch, or of what is left of it.
+
+        Raises:
+            DivergedError: A loss, or with clipping a gradient, is not finite; the weights are those before that step.
+        """
+        self.network.train()
+        for batch in batches:
+            self.last = self._step(batch)
+            yield self.last
+        self.read()
+
+    def end_epoch(self) -> None:
+        """Count the epoch and plan how many there are to be."""
+        self.epoch += 1
+        self.pace.plan(done=self.epoch)
+
+    def read(self) -> Reading:
+        """
+        Wait for the device and return running loss and accuracy; what is kept of a run is read before.
+
+        Raises:
+            DivergedError: As :meth:`steps`.
+        """
+        if self.number:
+            self._reading = self.meters.read()
+        return self._reading
+
+    def position(self) -> dict[str, Any]:
+        """Return what a checkpoint has to know besides tensors: plain values, fit for JSON."""
+        return {
+            "last": asdict(self.last),
+            "epoch": self.epoch,
+            "epochs": self.pace.epochs,
+            "progress": self.pace.progress,
+            "elapsed_seconds": self.pace.elapsed_seconds,
+            "means": self.meters.state(),
+        }
+
+    def resume(self, position: dict[str, Any]) -> None:
+        """Go on from a :meth:`position`; the tensors are the caller's business."""
+        self.last = Step(**position["last"])
+        self.number, self.epoch = self.last.number, position["epoch"]
+        self.meters.load_state(position["means"])
+        self.pace.resume(
+            samples=self.last.samples, **{name: position[name] for name in ("epochs", "progress", "elapsed_seconds")}
         )
 
-    def _schedule(self) -> None:
-        # A plan that grew must not take the schedule back: the rate then rests where it is.
-        self.progress = max(self.progress, self.samples / (self.epochs * self.num_samples))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.progress, self.config.optim)
+    def _step(self, batch: TensorBatch) -> Step:
+        lr = learning_rate(self.pace.begin_step(), self._config.optim.lr, self._config.schedule)
+        set_rate(self.optimizer, lr)
+        self._learn(self._here(batch))
+        self.pace.end_step(len(batch.labels), epochs_done=self.epoch)
+        if self.number % self._read_steps == 0:
+            self.read()
+        return Step(
+            number=self.number,
+            epoch=self.epoch,
+            epochs=self.pace.epochs,
+            samples=self.pace.samples,
+            position=batch.next_position,
+            loss=self._reading.loss,
+            accuracy=self._reading.accuracy,
+            lr=lr,
+            samples_per_second=self.pace.rate,
+        )
 
-    def _backward(self, image_NCHW: Tensor, label_N: Tensor) -> tuple[float, float]:
-        half = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            logits_NK = self.network(image_NCHW)
-        loss = F.cross_entropy(logits_NK.float(), label_N, label_smoothing=self.config.optim.label_smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise DivergedError(self.number + 1, value)
+    def _here(self, batch: TensorBatch) -> TensorBatch:
+        """Return the batch on the device; a GPU fetches it when it gets there."""
+        if self.device.type == "cpu":
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+    def _learn(self, batch: TensorBatch) -> None:
+        optim = self._config.optim
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_half):
+            logits_NK = self._forward(images_of(batch))
+        loss = F.cross_entropy(logits_NK.float(), batch.labels, label_smoothing=optim.label_smoothing)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return value, (logits_NK.argmax(dim=1) == label_N).sum().item()
-
-    def _count(self, num_samples: int, loss: float, accuracy: float) -> None:
+        norm = shrink = None
+        if optim.clip_norm is not None:
+            norm = gradient_norm(self.network)
+            shrink = (norm / optim.clip_norm).clamp(min=1)
+        share_right = (logits_NK.argmax(dim=1) == batch.labels).float().mean()
         self.number += 1
-        self.samples += num_samples
-        self.clocked_samples += num_samples
-        if self.number == _UNREPRESENTATIVE_STEPS:
-            self.clock_from, self.clocked_samples = time.perf_counter(), 0
-        weight = max(0.02, 1 / self.number)
-        self.loss = loss if self.number == 1 else (1 - weight) * self.loss + weight * loss
-        self.accuracy = accuracy if self.number == 1 else (1 - weight) * self.accuracy + weight * accuracy
+        self.meters.add(self.number, loss, share_right, norm)
+        guarded_step(self.optimizer, failed=self.meters.failed, shrink=shrink)
+        if self.average is not None:
+            self.average.update(self.number)

@@ -1,38 +1,48 @@
-"""Optimizer and schedule; the schedule is a plain function of progress."""
-
-import math
+"""The optimizer, its steps fit for a device that is not waited for."""
 
 import torch
+from torch import Tensor
 
 from training.config import OptimConfig
 
 
-def make_optimizer(network: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW with decay on weights alone: decaying a bias only biases it."""
+def make_optimizer(network: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW or SGD with decay on weights alone: decaying a bias or a norm only biases it."""
     weights = [parameter for parameter in network.parameters() if parameter.ndim > 1]
     biases = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
     groups = [
         {"params": weights, "weight_decay": config.weight_decay},
         {"params": biases, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    if config.name == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
-def learning_rate(progress: float, config: OptimConfig) -> float:
+def set_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Take the next step with this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(network: torch.nn.Module) -> Tensor:
+    """Return the norm of all gradients together, a scalar on their device."""
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def guarded_step(optimizer: torch.optim.Optimizer, *, failed: Tensor, shrink: Tensor | None) -> None:
     """
-    Return the learning rate at a point of the run: cosine up to the peak, cosine down to nothing.
+    Take a step, unless it has failed; nobody waits for the device to know.
 
-    Source: Smith & Topin 2018 (arXiv 1708.07120), start at 1/25 and end at 1/10,000 of the peak.
+    It takes the two values by which ``torch.amp.GradScaler`` tells fused optimizers the same.
 
     Args:
-        progress: 0 at the first step, 1 at the end; values outside are clamped.
-        config: Peak rate and length of the warm-up.
+        optimizer: A fused one.
+        failed: float32 scalar: 1 leaves the weights as they are, 0 does not.
+        shrink: float32 scalar that gradients are divided by; None is 1.
     """
-    progress = min(max(progress, 0.0), 1.0)
-    if progress < config.warmup:
-        return _cosine(config.lr / 25, config.lr, progress / config.warmup)
-    return _cosine(config.lr, config.lr / 10_000, (progress - config.warmup) / (1 - config.warmup))
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+    optimizer.found_inf = failed  # type: ignore[attr-defined]  # set by GradScaler, declared nowhere
+    optimizer.grad_scale = shrink  # type: ignore[attr-defined]
+    optimizer.step()

@@ -1,20 +1,31 @@
-"""A new version in the model repository: whole or not at all."""
+"""A new version in the model repository: proven first, and then there as a whole or not at all."""
 
-import hashlib
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from training.errors import PublishError
-from training.export import export
+from training import manifest
+from training.devices import device_of_choice
+from training.errors import ExportError, PromotionError, PublishError
+from training.export import Examples, Export, answers, export, load_served
+from training.golden import TOLERANCES, Golden
+from training.manifest import CARD, FILES, GOLDEN, MODEL
 from training.model import EMBEDDING_SIZE, IMAGE_SIZE, Network
+from training.precision import ANY_DEVICE, Choice, Precision, device_name
+from training.promotion import Metrics, objections
+from training.versions import next_version, published, sync
 
-_VERSION = re.compile(r"[1-9][0-9]*")
+_NUM_CLASSES = re.compile(r'name: "probabilities__0"[^}]*dims: \[ *([0-9]+) *\]')
 
 
 class DatasetCard(BaseModel):
@@ -35,17 +46,95 @@ class Card(BaseModel):
     card_schema: int = Field(1, alias="schema")
     model: str
     version: int
+    """0 for one that has no number yet."""
     created: str
     class_names: list[str]
     image_shape: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
     polarity: str = "auto"
     framing: str = "auto"
-    device: str = "any"
-    precision: str = "float32"
+    device: str = ANY_DEVICE
+    precision: Precision = "float32"
     digest: str
     """``sha256:`` and the hex digest of ``model.pt``."""
     metrics: dict[str, float]
+    """Figures that a later version is compared by: :data:`training.promotion.Metrics`."""
     dataset: DatasetCard
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """
+        Return the card of a version.
+
+        Raises:
+            PublishError: There is none, or it is none of ours.
+        """
+        try:
+            return cls.model_validate_json((folder / CARD).read_bytes())
+        except OSError as error:
+            raise PublishError(f"{folder / CARD}: {error.strerror}") from error
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise PublishError(f"{folder / CARD}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Draft:
+    """What is exported, and what its card shall say."""
+
+    name: str
+    """Folder of the model in the repository."""
+    class_names: list[str]
+    """By label."""
+    metrics: dict[str, float]
+    """See :attr:`Card.metrics`."""
+    dataset: DatasetCard
+    """What it was trained on."""
+    precision: Choice = "float32"
+    """This and the next two: see :func:`training.export.export`."""
+    temperature: float = 1.0
+    examples: Examples | None = None
+
+
+def write(network: Network, folder: Path, draft: Draft, *, device: torch.device | None = None) -> tuple[Card, Export]:
+    """
+    Export ``network`` into ``folder`` with card and manifest, as a version without a number.
+
+    Args:
+        network: The trained network; not changed.
+        folder: Made if missing.
+        draft: What is exported, how, and what its card says.
+        device: Where it will be served; by default the GPU where torch sees one, else the CPU.
+
+    Raises:
+        ExportError: As :func:`training.export.export`.
+        PublishError: The folder cannot be written.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        exported = export(
+            network,
+            folder,
+            precision=draft.precision,
+            temperature=draft.temperature,
+            examples=draft.examples,
+            device=device,
+        )
+        metrics = dict(draft.metrics)
+        if draft.temperature != 1.0:
+            metrics["temperature"] = draft.temperature
+        card = Card(
+            model=draft.name,
+            version=0,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            class_names=draft.class_names,
+            device=exported.device,
+            precision=exported.precision,
+            digest=f"sha256:{manifest.sha256(folder / MODEL)}",
+            metrics=metrics,
+            dataset=draft.dataset,
+        )
+        _write_card(folder, card)
+    return card, exported
 
 
 def publish(
@@ -56,59 +145,107 @@ def publish(
     class_names: list[str],
     metrics: dict[str, float],
     dataset: DatasetCard,
+    precision: Choice = "float32",
+    temperature: float = 1.0,
+    examples: Examples | None = None,
+    force: bool = False,
 ) -> Card:
     """
-    Export ``network`` as the next version of ``name``; a reader sees the whole version or none of it.
+    Export ``network`` as the next version of ``name``: :func:`publish_draft` of these fields of :class:`Draft`.
+
+    Raises:
+        ExportError, PromotionError, PublishError: As that.
+    """
+    draft = Draft(
+        name=name,
+        class_names=class_names,
+        metrics=metrics,
+        dataset=dataset,
+        precision=precision,
+        temperature=temperature,
+        examples=examples,
+    )
+    card, _ = publish_draft(network, repository, draft, force=force)
+    return card
+
+
+def publish_draft(
+    network: Network, repository: Path, draft: Draft, *, force: bool = False, device: torch.device | None = None
+) -> tuple[Card, Export]:
+    """
+    Export ``network`` as the next version of its model; a reader sees the whole version or none of it.
 
     Loading it is Triton's business, and asking for that the caller's.
 
     Args:
-        network: The trained network; moved to the CPU.
+        network: The trained network; not changed.
         repository: Triton's model repository; made if missing, ``config.pbtxt`` included.
-        name: Folder of the model in the repository.
-        class_names: By label.
-        metrics: Measured figures for the card, by name.
-        dataset: What it was trained on.
+        draft: What is exported, how, and what its card says.
+        force: Publish also what is worse than the current version.
+        device: As for :func:`write`.
 
     Raises:
-        ExportError: The exported file does not answer like ``network``.
+        ExportError: The exported file does not answer like ``network``, or the precision is not to be had.
+        PromotionError: It is worse than the current version.
         PublishError: The repository cannot be written.
     """
-    model = prepare(repository, name)
-    try:
-        _write_config(model / "config.pbtxt", triton_config(name, len(class_names)))
-        # The leading dot keeps Triton from taking an unfinished folder for a version.
-        staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=model))
-    except OSError as error:
-        raise PublishError(f"{model}: cannot write: {error.strerror}") from error
-    try:
-        export(network, staged / "model.pt")
-        digest = hashlib.sha256((staged / "model.pt").read_bytes()).hexdigest()
-        staged.chmod(0o755)  # mkdtemp makes it private; Triton may run as another user
-        while True:
-            card = Card(
-                model=name,
-                version=next_version(model),
-                created=datetime.now(UTC).isoformat(timespec="seconds"),
-                class_names=class_names,
-                digest=f"sha256:{digest}",
-                metrics=metrics,
-                dataset=dataset,
-            )
-            (staged / "card.json").write_text(card.model_dump_json(indent=2, by_alias=True) + "\n")
-            _sync(staged / "model.pt", staged / "card.json", staged)
-            try:
-                staged.rename(model / str(card.version))
-            except OSError:
-                if (model / str(card.version)).exists():
-                    continue  # another publisher took the number in between
-                raise
-            _sync(model)
-            return card
-    except OSError as error:
-        raise PublishError(f"{model}: cannot write: {error.strerror}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with _staging(repository, draft.name, len(draft.class_names)) as staged:
+        if not force:
+            _require_no_worse(staged.parent, draft.metrics)
+        card, exported = write(network, staged, draft, device=device)
+        return _place(staged, card), exported
+
+
+def publish_export(folder: Path, repository: Path, *, name: str | None = None, force: bool = False) -> Card:
+    """
+    Publish what :func:`write` wrote, here or elsewhere, as the next version; the folder stays as it is.
+
+    Args:
+        folder: With the four files of a version.
+        repository: As for :func:`publish`.
+        name: Of the model; by default as in its card.
+        force: As for :func:`publish`.
+
+    Raises:
+        ManifestError: A file is not what was exported.
+        ExportError: It does not give its golden answers on this machine.
+        PublishError: It was made for another device, or the repository cannot be written.
+        PromotionError: It is worse than the current version.
+    """
+    if not (folder / manifest.MANIFEST).is_file():
+        raise PublishError(f"{folder}: no {manifest.MANIFEST} here; `sluice export` writes a folder that has one")
+    manifest.verify(folder)
+    card = Card.read(folder)
+    require_alike(folder, card)
+    card = card.model_copy(update={"model": name or card.model})
+    with _staging(repository, card.model, len(card.class_names)) as staged:
+        if not force:
+            _require_no_worse(staged.parent, card.metrics)
+        for file in FILES:
+            shutil.copyfile(folder / file, staged / file)
+        return _place(staged, card)
+
+
+def require_alike(folder: Path, card: Card) -> None:
+    """
+    See that a version may be served on this machine, and gives its golden answers here.
+
+    Raises:
+        PublishError: It was made for another device.
+        ExportError: It answers differently.
+    """
+    device = device_of_choice()
+    if card.device not in (ANY_DEVICE, device_name(device)):
+        raise PublishError(
+            f"{folder}: made in {card.precision} for {card.device}, and this is {device_name(device)}: "
+            "export it here, or with --precision float32, which runs anywhere"
+        )
+    # Float32 to the last digits is the CPU's; a GPU rounds on its way through the tensor cores.
+    device = torch.device("cpu") if card.device == ANY_DEVICE else device
+    golden = Golden.load(folder / GOLDEN)
+    found = answers(load_served(folder / MODEL, device), golden.images, device)
+    if problem := golden.differences(*found, TOLERANCES[card.precision]):
+        raise ExportError(f"{folder / MODEL}: {problem}")
 
 
 def prepare(repository: Path, name: str) -> Path:
@@ -128,12 +265,6 @@ def prepare(repository: Path, name: str) -> Path:
     return model
 
 
-def next_version(model: Path) -> int:
-    """Return the number after the highest version in a model's folder, 1 when there is none."""
-    versions = [int(entry.name) for entry in model.iterdir() if _VERSION.fullmatch(entry.name)]
-    return max(versions, default=0) + 1
-
-
 def triton_config(name: str, num_classes: int) -> str:
     """Return ``config.pbtxt`` of a model with this network's inputs and outputs."""
     warmup = f"data_type: TYPE_UINT8 dims: [ 1, {IMAGE_SIZE}, {IMAGE_SIZE} ] zero_data: true"
@@ -145,17 +276,79 @@ def _write_config(path: Path, content: str) -> None:
         return  # an operator's tuning outlives a publication
     temporary = path.with_suffix(".partial")
     temporary.write_text(content)
-    _sync(temporary)
+    sync(temporary)
     temporary.rename(path)
 
 
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise PublishError(f"{path}: cannot write: {error.strerror or error}") from error
+
+
+@contextmanager
+def _staging(repository: Path, name: str, num_classes: int) -> Iterator[Path]:
+    """Give a folder in the model's own, which Triton does not see and which is gone afterwards."""
+    model = prepare(repository, name)
+    with _writing(model):
+        _write_config(model / "config.pbtxt", triton_config(name, num_classes))
+        _require_classes(model / "config.pbtxt", num_classes)
+        # The leading dot keeps Triton from taking an unfinished folder for a version.
+        staged = Path(tempfile.mkdtemp(prefix=".staged-", dir=model))
         try:
-            os.fsync(descriptor)
+            yield staged
         finally:
-            os.close(descriptor)
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _place(staged: Path, card: Card) -> Card:
+    """Let a staged folder become the next version."""
+    model = staged.parent
+    staged.chmod(0o755)  # mkdtemp makes it private; Triton may run as another user
+    while True:
+        card = card.model_copy(update={"version": next_version(model)})
+        _write_card(staged, card)
+        sync(*(staged / name for name in (*FILES, manifest.MANIFEST)), staged)
+        try:
+            staged.rename(model / str(card.version))
+        except OSError:
+            if (model / str(card.version)).exists():
+                continue  # another publisher took the number in between
+            raise
+        sync(model)
+        return card
+
+
+def _require_no_worse(model: Path, metrics: Metrics) -> None:
+    versions = published(model)
+    if not versions:
+        return
+    try:
+        current = Card.read(model / str(versions[-1]))
+    except PublishError:
+        return  # made by hand: there is nothing to compare with
+    if found := objections(metrics, current.metrics):
+        reasons = "; ".join(map(str, found))
+        raise PromotionError(
+            f"not published: worse than {model.name} version {current.version}: {reasons}. "
+            "`sluice publish --force` publishes it all the same"
+        )
+
+
+def _require_classes(config: Path, num_classes: int) -> None:
+    match = _NUM_CLASSES.search(config.read_text())
+    if match and int(match[1]) != num_classes:
+        raise PublishError(
+            f"{config}: the model of this name has {match[1]} classes, and this network {num_classes}: "
+            "publish it under another name"
+        )
+
+
+def _write_card(folder: Path, card: Card) -> None:
+    (folder / CARD).write_text(card.model_dump_json(indent=2, by_alias=True) + "\n")
+    manifest.write(folder, model=card.model, version=card.version)
 
 
 _CONFIG = """\

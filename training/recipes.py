@@ -15,4 +15,6 @@ def smoke() -> TrainConfig:
     return TrainConfig(budget=BudgetConfig(seconds=None, max_epochs=1))
 
 
+DEFAULT_RECIPE = "mnist"
+
 RECIPES: dict[str, Callable[[], TrainConfig]] = {"mnist": mnist, "smoke": smoke}

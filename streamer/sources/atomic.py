@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from streamer.errors import CacheError
@@ -36,7 +36,9 @@ def write_file(target: Path, content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        # A signal's handler may raise when it has its name already.
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     _sync(target.parent)
 

@@ -141,7 +141,7 @@ def test_pictures_of_one_digit_are_more_alike_than_of_two(
 
 
 def test_second_run_publishes_version_2_and_the_gateway_routes_to_it(trained_project: Project) -> None:
-    done = trained_project.compose("run", "--rm", "-T", "train", "--recipe", "smoke", timeout_seconds=300)
+    done = trained_project.compose("run", "--rm", "-T", "train", "--recipe", "smoke", "--force", timeout_seconds=300)
     assert done.returncode == 0, done.stderr
 
     async def versions() -> tuple[int, ...]:

@@ -22,8 +22,8 @@ from tests.scraping import scrape
 from tests.streamer.process import ROOT, StreamerProcess, write_digits
 
 MIB = 1024**2
-IDLE_SECONDS = 1.0
-IMPATIENT = {"idle_seconds": IDLE_SECONDS, "max_streams": 2000}
+IDLE_SECONDS = 2.0
+IMPATIENT = {"idle_seconds": IDLE_SECONDS, "max_streams": 4000}
 QUICK_AND_SLOW = [
     pytest.param(100, 1, id="100"),
     pytest.param(1000, 10, id="1000", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
@@ -106,7 +106,9 @@ async def flat(streamer: StreamerProcess, count: int, rounds: int, once: Callabl
     print(f"MiB: {before:.0f} before, after each round", *(f"{each:.0f}" for each in taken), file=sys.stderr)
 
     assert taken[-1] - before < 2 * count
-    assert taken[-1] - taken[rounds // 2] < 0.1 * taken[-1], taken
+    # It goes up and down with what is under way.
+    early, late = taken[: rounds // 2 + 1], taken[rounds // 2 :]
+    assert max(late) < 1.1 * max(early), taken
 
 
 @pytest.mark.parametrize(("count", "rounds"), QUICK_AND_SLOW)

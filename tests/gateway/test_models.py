@@ -59,6 +59,16 @@ async def test_class_names_are_indices_without_a_card(catalog: Catalog) -> None:
     assert (await catalog.find("mnist", 9)).class_names == tuple("0123456789")
 
 
+async def test_withdrawn_version_keeps_its_class_names_as_long_as_it_answers(catalog: Catalog, tmp_path: Path) -> None:
+    names = tuple(f"digit {index}" for index in range(10))
+    write_card(tmp_path, 10, {"class_names": names})
+    await catalog.refresh()
+    (tmp_path / "mnist" / "10").rename(tmp_path / "mnist" / ".withdrawn-10")
+    await catalog.refresh()
+
+    assert catalog.known("mnist", 10).class_names == names
+
+
 async def test_card_is_read_with_fields_of_a_later_schema(catalog: Catalog, tmp_path: Path) -> None:
     names = [f"digit {index}" for index in range(10)]
     write_card(

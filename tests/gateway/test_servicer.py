@@ -398,6 +398,18 @@ async def test_default_version_that_went_away_is_worth_another_try(
     assert (code, details) == (grpc.StatusCode.UNAVAILABLE, "mnist is being replaced; try again")
 
 
+@pytest.mark.parametrize("method", ["Classify", "Embed"])
+async def test_default_version_that_went_away_is_answered_by_the_next(
+    stub: Any, triton: FakeTriton, digit: NDArray[np.uint8], method: str
+) -> None:
+    triton.models["mnist"] = [1, 2]
+    await stub.ListModels(pb.ListModelsRequest())
+    triton.models["mnist"] = [1]
+    request = {"Classify": pb.ClassifyRequest, "Embed": pb.EmbedRequest}[method](image=picture(digit))
+
+    assert (await getattr(stub, method)(request)).model_version == 1
+
+
 async def test_callers_deadline_ends_the_call_and_not_the_inference(
     stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
 ) -> None:

@@ -48,7 +48,7 @@ class Line:
     def train(self, *arguments: str) -> dict[str, Any]:
         """Train one epoch over the stream and have Triton load it."""
         done = self.sluice(
-            "train", "--recipe", "smoke", "--streamer", self.address("streamer"),
+            "train", "--recipe", "smoke", "--force", "--streamer", self.address("streamer"),
             "--triton", self.address("triton-grpc"), "--json", *arguments,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

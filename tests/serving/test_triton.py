@@ -1,6 +1,7 @@
 import asyncio
 import dataclasses
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -16,13 +17,13 @@ import structlog
 import torch
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from serving import keeper
+from serving import keeper, soundness
 from serving.control import TritonControl
 from serving.errors import ControlError, PortTakenError, TritonStartError
 from serving.installation import Installation
 from serving.settings import TritonSettings
 from serving.triton import EmbeddedTriton, servable_models
-from tests.serving.conftest import add_model, add_version, free_ports, on_free_ports, processes_with
+from tests.serving.conftest import add_model, add_version, flip_a_bit, free_ports, on_free_ports, processes_with, seal
 
 real = [pytest.mark.triton, pytest.mark.asyncio(loop_scope="session")]
 
@@ -148,6 +149,32 @@ class TestServing:
         assert await control.versions("damaged") == [1]
         await control.infer("damaged", images(1))
 
+    async def test_changed_version_is_refused_before_it_runs(self, control: TritonControl, repository: Path) -> None:
+        add_model(repository, "changed")
+        for version in (1, 2):
+            add_version(repository, "changed", version)
+            seal(repository, "changed", version)
+        # A whole module, and a good one: only its digest tells.
+        shutil.copy(repository / "changed" / "1" / "model.pt", repository / "changed" / "2" / "model.pt")
+
+        with pytest.raises(ControlError, match=r"changed/2/model\.pt is not what was published"):
+            await control.load("changed")
+
+    async def test_damaged_version_is_passed_over_and_the_ones_around_it_serve(
+        self, control: TritonControl, repository: Path
+    ) -> None:
+        add_model(repository, "around")
+        for version in (1, 2, 3):
+            add_version(repository, "around", version)
+            folder = seal(repository, "around", version)
+            if version == 2:
+                flip_a_bit(folder / "model.pt")
+            found = soundness.inspect(repository, "around")
+            await soundness.load(control, repository, "around", found)
+
+        assert list(found.damaged) == [2]
+        assert await control.versions("around") == [1, 3]
+
     async def test_unloaded_model_refuses_and_can_be_loaded_again(
         self, control: TritonControl, repository: Path
     ) -> None:
@@ -267,6 +294,19 @@ class TestEnd:
 
         assert [(line["model"], line["version"], line["log_level"]) for line in logs] == [("broken", 1, "warning")]
         assert "is no TorchScript" in logs[0]["reason"]
+
+    async def test_start_with_a_damaged_version_serves_the_others_of_its_model(
+        self, settings: TritonSettings, installation: Installation
+    ) -> None:
+        add_version(settings.model_repository, "mnist", 2)
+        flip_a_bit(seal(settings.model_repository, "mnist", 2) / "model.pt")
+
+        with structlog.testing.capture_logs() as logs:
+            async with EmbeddedTriton(settings, installation) as triton, TritonControl(triton.address) as control:
+                assert await control.versions("mnist") == [1]
+
+        assert [(line["event"], line["version"]) for line in logs] == [("version refused", 2)]
+        assert "mnist/2/model.pt: not what was published" in logs[0]["reason"]
 
     async def test_killed_owner_leaves_nothing(
         self, settings: TritonSettings, owner: asyncio.subprocess.Process

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sluice.interruption import run_until_stopped
+from sluice.interruption import asked_to_stop, run_until_stopped
 
 
 class Work:
@@ -78,3 +78,23 @@ async def test_sigterm_unwinds_a_process_without_a_loop() -> None:
 
     assert await process.stdout.read() == b"clean\n"
     assert await process.wait() == 143
+
+
+def test_first_signal_is_noted_for_the_loop_that_asks() -> None:
+    told: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    with asked_to_stop(told.append) as asked:
+        assert asked() is None
+        signal.raise_signal(signal.SIGTERM)
+        assert asked() == signal.SIGTERM
+
+    assert told == ["stopping after this step; once more stops at once"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_second_signal_stops_at_once(number: signal.Signals, raised: type[BaseException]) -> None:
+    with asked_to_stop(lambda _: None):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(raised):
+            signal.raise_signal(number)

@@ -1,9 +1,11 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rpc.settings import SettingsError
-from sluice.training import TrainOptions, configure
+from sluice.training import TrainOptions, configure, run
+from training.config import TrainConfig
 
 NOTHING: dict[str, Any] = {"streamer": None, "seed": None, "epochs": None, "minutes": None, "lr": None, "triton": None}
 
@@ -41,3 +43,31 @@ def test_streamer_is_asked_where_its_settings_put_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SLUICE_STREAMER_PORT", "5")
 
     assert configure(TrainOptions(**{**NOTHING, "recipe": "mnist"})).data.streamer == "[::1]:5"
+
+
+def test_options_weigh_over_assignments_and_those_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("recipe: smoke\nseed: 1\noptim: {lr: 1e-4, name: sgd}\n")
+    assignments = ("optim.lr=1e-3", "seed=2")
+    config = configure(
+        TrainOptions(**{**NOTHING, "recipe": None, "seed": 3}, assignments=assignments, config=tmp_path / "run.yaml")
+    )
+
+    assert (config.seed, config.optim.lr, config.optim.name, config.budget.max_epochs) == (3, 1e-3, "sgd", 1)
+
+
+def test_misspelt_field_is_named_with_the_one_meant() -> None:
+    with pytest.raises(SettingsError, match=r"optim.rl: no such field; did you mean optim.lr\?"):
+        configure(TrainOptions(**{**NOTHING, "recipe": None}, assignments=("optim.rl=1",)))
+
+
+def test_run_that_goes_on_takes_no_other_config(tmp_path: Path) -> None:
+    options = TrainOptions(**{**NOTHING, "recipe": None, "lr": 0.1}, resume=str(tmp_path))
+    with pytest.raises(SettingsError, match="goes on with the run's own config; leave out --lr"):
+        run(options, report=lambda _: None)
+
+
+def test_finished_run_does_not_go_on(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(TrainConfig().model_dump_json())
+    (tmp_path / "result.json").touch()
+    with pytest.raises(SettingsError, match="that run is finished"):
+        run(TrainOptions(**{**NOTHING, "recipe": None}, resume=str(tmp_path)), report=lambda _: None)

@@ -1,8 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from training.config import BudgetConfig, OptimConfig
-from training.optim import learning_rate
+from training.config import BudgetConfig, OptimConfig, TrainConfig
 
 
 @pytest.mark.parametrize(
@@ -33,16 +32,11 @@ def test_without_a_time_every_epoch_is_trained() -> None:
     assert budget.epochs(4_000, done=0, elapsed_seconds=1e9, samples_per_second=1) == 3
 
 
-def test_learning_rate_rises_to_the_peak_and_falls_to_nothing() -> None:
-    config = OptimConfig(lr=1e-3, warmup=0.25)
-    rates = [learning_rate(progress / 100, config) for progress in range(101)]
-
-    assert rates[:26] == sorted(rates[:26])
-    assert rates[25:] == sorted(rates[25:], reverse=True)
-    assert rates[25] == pytest.approx(1e-3)
-    assert rates[100] == pytest.approx(1e-7)
-
-
 def test_unknown_field_is_refused() -> None:
     with pytest.raises(ValidationError, match="learning_rate"):
         OptimConfig.model_validate({"learning_rate": 1})
+
+
+def test_deterministic_run_by_the_clock_is_refused() -> None:
+    with pytest.raises(ValidationError, match="deterministic needs budget"):
+        TrainConfig(deterministic=True)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.model import Network, ServedNetwork
+from training.model import Network, ServedNetwork, fold
 
 # Output shape of every named layer, channels first, as the network is given.
 SHAPES = {
@@ -79,3 +79,32 @@ def test_served_network_scales_bytes_to_the_unit_range(network: Network) -> None
         expected = torch.softmax(network(image.float() / 255), dim=1)
 
     torch.testing.assert_close(probabilities, expected)
+
+
+def test_folded_network_answers_alike_and_is_the_given_one(network: Network) -> None:
+    torch.manual_seed(1)
+    trained = Network(batch_norm=True, dropout=0.5)
+    with torch.no_grad():
+        for layer in trained.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 1.5)
+    folded = fold(trained)
+    image = torch.rand(8, 1, 28, 28)
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(image), trained.eval()(image), atol=1e-5, rtol=1e-5)
+
+    assert folded.state_dict().keys() == network.state_dict().keys()
+    assert {type(layer) for layer in folded.modules()} == {Network, nn.Conv2d, nn.Linear, nn.Identity}
+    assert not folded.training
+
+
+def test_folding_leaves_the_network_in_training_as_it_was() -> None:
+    trained = Network(batch_norm=True).train()
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    fold(trained)
+
+    assert trained.training
+    assert trained.conv1.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())

@@ -1,8 +1,5 @@
 """A whole run against a real streamer with a tiny data set."""
 
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +8,12 @@ import torch
 from streamer.client import SplitInfo
 from streamer.errors import UnreachableError
 from streamer.proof import verify
-from training import checkpoint, run
+from training import checkpoint, reading, run
 from training.config import BudgetConfig, DataConfig, TrainConfig
-from training.errors import TrainingError
+from training.errors import ConfigError, TrainingError
 from training.evaluate import Evaluation
 from training.loop import Step
+from training.overrides import overridden
 
 
 class Silent:
@@ -29,25 +27,14 @@ class Silent:
     def stepped(self, step: Step, num_samples: int) -> None:
         self.steps.append(step)
 
+    def validated(self, step: Step, evaluation: Evaluation) -> None: ...
+
     def evaluated(self, evaluation: Evaluation) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def streamer(tiny_mnist: Path) -> Iterator[str]:
-    """A streamer in a process of its own: grpc.aio wants one event loop in each."""
-    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
-    command = [sys.executable, "-m", "sluice", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        words = next(line for line in process.stderr if line.startswith("listening on ")).split()
-        yield words[2].rstrip(";")
-        process.terminate()
-        process.communicate(timeout=30)
 
 
 def config(streamer: str, dataset: str = "mnist") -> TrainConfig:
     return TrainConfig(
-        data=DataConfig(streamer=streamer, dataset=dataset, batch_size=16),
+        data=DataConfig(streamer=streamer, dataset=dataset, batch_size=16, train_split="train", validation_split=""),
         budget=BudgetConfig(seconds=None, max_epochs=2),
     )
 
@@ -55,12 +42,12 @@ def config(streamer: str, dataset: str = "mnist") -> TrainConfig:
 def test_run_leaves_a_checkpoint_and_a_published_version(tmp_path: Path, streamer: str) -> None:
     observer = Silent()
     result = run.train(config(streamer), repository=tmp_path / "models", runs=tmp_path / "runs", observer=observer)
-    kept = checkpoint.load(result.folder / "checkpoint")
+    kept = checkpoint.load(result.folder)
 
     assert (tmp_path / "models" / "mnist" / "1" / "model.pt").is_file()
     assert result.card.dataset.num_train == 40
-    assert result.card.metrics["test_accuracy"] == result.evaluation.accuracy
-    assert (kept.state.step, kept.state.epoch, kept.state.position) == (6, 1, 40)
+    assert result.card.metrics["accuracy"] == result.evaluation.accuracy
+    assert (kept.state.step, kept.state.epoch) == (6, 2)
     assert [step.samples for step in observer.steps] == [16, 32, 40, 56, 72, 80]
     assert (kept.state.data["epoch"], kept.state.data["position"], kept.state.data["step"]) == (2, 0, 6)
     assert 0 < result.stalls.waited_share < 1
@@ -91,6 +78,35 @@ def test_data_set_the_streamer_does_not_have_is_named(tmp_path: Path, streamer: 
 
 
 def test_streamer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(reading, "_CONNECT_SECONDS", 0.2)
     with pytest.raises(UnreachableError, match=r"127.0.0.1:1"):
         run.train(config("127.0.0.1:1"), repository=tmp_path, runs=tmp_path, observer=Silent())
+
+
+def test_validation_split_chooses_and_is_no_part_of_the_training(tmp_path: Path, streamer: str) -> None:
+    sliced = overridden(config(streamer), {"data.train_split": "train[:80%]", "data.validation_split": "train[80%:]"})
+    learnt = run.learn(sliced, tmp_path / "run", observer=Silent())
+    validation = learnt.data.validation
+
+    assert validation is not None
+    assert (learnt.data.train.num_samples, validation.num_samples, learnt.last.samples) == (32, 8, 64)
+    assert learnt.validation_accuracy == checkpoint.load(tmp_path / "run").state.best_accuracy
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints", "tensorboard"} <= kept
+
+
+@pytest.mark.parametrize("augmentation", ["crop(height=20,width=20)", "normalise()"])
+def test_augmentation_that_the_network_cannot_take_is_named(tmp_path: Path, streamer: str, augmentation: str) -> None:
+    changed = overridden(config(streamer), {"augmentation": augmentation})
+    with pytest.raises(ConfigError, match=r"augmentation = .*; the network takes uint8 of"):
+        run.learn(changed, tmp_path, observer=Silent())
+
+
+def test_run_that_ended_before_it_was_published_trains_no_further(tmp_path: Path, streamer: str) -> None:
+    first = run.learn(config(streamer), tmp_path, observer=Silent())
+    observer, told = Silent(), list[str]()
+    again = run.learn(config(streamer), tmp_path, observer=observer, report=told.append)
+
+    assert (observer.steps, again.last) == ([], first.last)
+    assert told == [f"going on with {tmp_path} after step 6"]
+    assert torch.equal(again.network.output.bias, first.network.output.bias)

@@ -362,3 +362,23 @@ def test_thread_count_of_the_configuration_holds(serve: Serve) -> None:
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("manifest.json", {"files": {"model.pt": {"sha256": "00"}}}),
+        ("manifest.json", {"files": {}}),
+        ("card.json", {"digest": "sha256:00"}),
+    ],
+    ids=["manifest", "manifest without it", "card"],
+)
+def test_weights_other_than_published_are_refused(
+    backend: Any, tmp_path: Path, file: str, content: dict[str, Any]
+) -> None:
+    (tmp_path / "model.pt").write_bytes(b"weights")
+    backend.require_published(str(tmp_path / "model.pt"))
+    (tmp_path / file).write_text(json.dumps(content))
+
+    with pytest.raises(backend.DamageError, match=r"not what was published|is damaged"):
+        backend.require_published(str(tmp_path / "model.pt"))
