@@ -183,7 +183,10 @@ async def read_damaged(seed: int) -> None:
                 assert content(await read([proxy.address, well.address])) == truth
 
         places = [
-            (way, chance.randrange(size[way]), chance.randrange(8)) for way in chance.choices(list(Way), k=num_flips)
+            # No highest bit to the server: a path with one is no UTF-8, and with that grpc.aio takes no more calls. A
+            # process ends then, as its own tests show; several such servers in this one make gRPC crash.
+            (way, chance.randrange(size[way]), chance.randrange(7 if way is Way.THERE else 8))
+            for way in chance.choices(list(Way), k=num_flips)
         ]
         await in_turns(trial, places)
 

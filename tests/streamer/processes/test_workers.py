@@ -96,7 +96,10 @@ def run_first(code: str, folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGUSR1], ids=["stopped", "stuck"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param(signal.SIGSTOP, id="stopped", marks=pytest.mark.slow), pytest.param(signal.SIGUSR1, id="stuck")],
+)
 async def test_hanging_worker_is_replaced_and_nobody_misses_a_sample(
     how: signal.Signals, mnist_folder: Path, tmp_path: Path
 ) -> None:
@@ -271,6 +274,7 @@ if "streamer.processes.worker" in sys.orig_argv:
             (self._folder / str(number)).touch()
 
 
+@pytest.mark.slow
 async def test_worker_that_cannot_start_again_is_tried_on_while_the_other_serves(
     mnist_folder: Path, tmp_path: Path
 ) -> None:
@@ -286,6 +290,7 @@ async def test_worker_that_cannot_start_again_is_tried_on_while_the_other_serves
         await becomes(2, two.metrics_url, "streamer_workers")
 
 
+@pytest.mark.slow
 async def test_streamer_none_of_whose_workers_starts_again_ends_with_the_reason(tmp_path: Path) -> None:
     await write_packed(tmp_path / "packed", random_split())
     places = {"SLUICE_STREAMER_DATASETS": f"own={tmp_path / 'packed'}", "SLUICE_STREAMER_MEMORY_BYTES": "0"}
