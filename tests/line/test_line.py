@@ -135,6 +135,7 @@ def test_classify_prints_one_line_a_file_and_fails_for_the_unreadable(
     assert "No such file" in rows[2]["error"]
 
 
+@pytest.mark.slow
 async def test_version_trained_while_serving_is_routed_to(line: Line, digits: Split) -> None:
     version = (await asyncio.to_thread(line.train, "--seed", "1"))["version"]
     async with ImageClient(line.address("gateway")) as client:
