@@ -189,7 +189,7 @@ async def test_stalled_reader_costs_the_streamer_less_than_2_mib(
         async with AsyncExitStack() as stack:
             await asyncio.gather(*(stall(process.address, stack) for _ in range(count)))
             await settled(process)
-            # With gRPC's own guess at the link one or two have ended by now and then: an epoch of 16 MB came whole once.
+            # With gRPC's own guess at the link one or two have ended, now and then: an epoch of 16 MB came whole once.
             stalled = value(process.metrics_url, "streamer_streams_in_flight", **labels)
             assert count == 1 or stalled >= 0.9 * count
             grown = process.resident_bytes - before
