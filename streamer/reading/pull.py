@@ -15,11 +15,12 @@ from google.protobuf.message import DecodeError
 from protos.streamer.v1 import sample_service_pb2 as pb
 from streamer import wire
 from streamer.checksum import REQUEST_CHECKSUM, batch_checksum, request_checksum
-from streamer.errors import PositionError, RefusedError, SampleCorruptError
+from streamer.errors import InvalidPlanError, PositionError, RefusedError, SampleCorruptError
 from streamer.lookup import Found, look_up
 from streamer.order import shares
 from streamer.plan import Plan, Remainder
 from streamer.reading.answers import Batch, BrokenError, SplitInfo, error_of
+from streamer.transforms.transform import parse
 
 # A streamer ends a call as soon as its reader half-closes; nobody waits longer for that.
 _GOODBYE_SECONDS = 1.0
@@ -68,6 +69,7 @@ class Pull:
         self._owed = 0
         # Told in the first message, as a transform may change them.
         self._form = _Form(info.image_shape, _DTYPES[pb.DATA_TYPE_UINT8], info.label_bytes)
+        self._planned_form = _planned_form(plan, info)
         self._planned = _planned(plan, info, start_position, end_position)
         self._opening = pb.StreamBatchesRequest(
             plan=_plan_message(plan), start_position=start_position, end_position=end_position
@@ -168,7 +170,14 @@ class Pull:
             self._refuse(f"pixels of the unknown type {fields.data_type}")
         form = self._form
         dtype = _DTYPES[fields.data_type] if fields.data_type else form.dtype
-        self._form = _Form(tuple(fields.image_shape) or form.image_shape, dtype, form.label_bytes)
+        told = _Form(tuple(fields.image_shape) or form.image_shape, dtype, form.label_bytes)
+        planned = self._planned_form
+        # No checksum covers it.
+        if planned is not None and told != planned:
+            self._refuse(
+                f"images of {told.image_shape}, {told.dtype}; the plan has {planned.image_shape}, {planned.dtype}"
+            )
+        self._form = told
 
     def _checked(self, message: wire.Message, arrived_at: float) -> Batch:
         (fields, indices, images), form = message, self._form
@@ -272,6 +281,14 @@ def _planned(plan: Plan, info: SplitInfo, start_position: int, end_position: int
     with suppress(PositionError):
         wanted = shares(plan, info.num_samples, start_position=start_position, end_position=end_position)
         yield from look_up(plan, wanted, num_samples=info.num_samples, fingerprint=info.fingerprint)
+
+
+def _planned_form(plan: Plan, info: SplitInfo) -> _Form | None:
+    """Return what the plan's transform makes of the split's images; None where only the streamer knows it."""
+    with suppress(InvalidPlanError):
+        transform = parse(plan.transform, image_shape=info.image_shape)
+        return _Form(transform.image_shape, transform.dtype, info.label_bytes)
+    return None
 
 
 def _extent(size: int, next_position: int, end_of_epoch: bool) -> str:

@@ -146,7 +146,8 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 4000 // FLIPS_OF_A_PROCESS))]
+    "seed",
+    [10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4000 // FLIPS_OF_A_PROCESS) if seed != 10)],
 )
 def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(seed: int) -> None:
     """In processes of their own, as gRPC crashes on some damaged headers, now and then (seen with grpcio 1.85)."""
