@@ -2,10 +2,11 @@
 
 import asyncio
 import random
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -150,22 +151,28 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
     [10, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4000 // FLIPS_OF_A_PROCESS) if seed != 10)],
 )
 def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(seed: int) -> None:
-    """In processes of their own, as gRPC crashes on some damaged headers, now and then (seen with grpcio 1.85)."""
-    program = f"import asyncio; from {__name__} import read_damaged; asyncio.run(read_damaged({seed}))"
+    """
+    In processes of their own, as some damaged headers crash gRPC itself (seen with grpcio 1.85): a wrong path now and
+    then, an error code of GOAWAY that it does not know each time. Who is dead delivers nothing: the others go on.
+    """
+    tried: set[int] = set()
     for _ in range(3):
+        program = f"import asyncio; from {__name__} import read_damaged; asyncio.run(read_damaged({seed}, {tried}))"
         done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
-        if done.returncode != -signal.SIGSEGV:
+        tried |= {int(number) for number in re.findall(r"^flip (\d+)$", done.stdout, re.MULTILINE)}
+        if -done.returncode not in (signal.SIGSEGV, signal.SIGABRT):
             break
 
-    # Three crashes in a row are not now and then.
+    # Three crashes in sixty are not now and then.
     assert done.returncode == 0, done.stderr
 
 
-async def read_damaged(seed: int) -> None:
+async def read_damaged(seed: int, tried: Collection[int]) -> None:
     """
     Any bit of HTTP/2: one reader has this replica alone and may fail, another has a second replica and may not.
 
-    A server of its own for each: grpc.aio stops taking calls when the path of one is no UTF-8.
+    Prints the number of each flip when it begins; those tried before are left out. A server of its own for each:
+    grpc.aio stops taking calls when the path of one is no UTF-8.
     """
     replica._UNARY_SECONDS = UNARY_SECONDS
     async with streamer() as well, TcpProxy(well.address) as proxy:
@@ -175,6 +182,7 @@ async def read_damaged(seed: int) -> None:
         failures: list[str] = []
 
         async def trial(way: Way, byte: int, bit: int) -> None:
+            print("flip", numbers[way, byte, bit], flush=True)
             async with streamer() as server, TcpProxy(server.address, flip(way, byte, bit)) as proxy:
                 try:
                     assert content(await read(proxy.address)) == truth
@@ -189,7 +197,8 @@ async def read_damaged(seed: int) -> None:
             (way, chance.randrange(size[way]), chance.randrange(7 if way is Way.THERE else 8))
             for way in chance.choices(list(Way), k=num_flips)
         ]
-        await in_turns(trial, places)
+        numbers = {place: number for number, place in enumerate(places)}
+        await in_turns(trial, [place for place in places if numbers[place] not in tried])
 
     # Those that end the server: as many as the path's share of all bytes.
     assert len(failures) <= max(5, num_flips // 30), failures
