@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from benchmarks.interleaved import Spread
 from benchmarks.report import RATES, RESULTS, numbers, surroundings, table
 from training.devices import device_of_choice
-from training.export import load_served, save
 from training.model import IMAGE_SIZE, Network, ServedNetwork
-from training.precision import BATCH_SIZES, DTYPES, Served, by_speed, device_name
+from training.release.export import load_served, save
+from training.release.precision import BATCH_SIZES, DTYPES, Served, by_speed, device_name
 
 ROUNDS = 7
 SECONDS = 0.5

@@ -8,8 +8,8 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2
 
 from serving.control import TritonControl
-from training import manifest
 from training.errors import ManifestError
+from training.release import manifest
 
 _VERSION = re.compile(r"[1-9][0-9]*")
 

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from training.search import Search, Trial, best, command, ranked
-from training.space import Value
+from training.search.logbook import Search, Trial, best, command, ranked
+from training.search.space import Value
 
 _SHOWN = 15
 _BAR_WIDTH = 24

@@ -41,7 +41,7 @@ app.add_typer(tune, name="tune")
 
 # As in gateway.client, which takes as long to import as NumPy.
 Similarity = Literal["unspecified", "embedding_cosine", "pixel_cosine", "ssim"]
-# As in training.precision, which imports torch.
+# As in training.release.precision, which imports torch.
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 

@@ -18,12 +18,13 @@ from streamer.errors import UnknownDatasetError
 from streamer.loading import StreamedDataset
 from streamer.settings import StreamerSettings
 from streamer.sources import datasets, memory
-from training import checkpoint, manifest, record, report
-from training.assessment import Assessment, assess
-from training.corruptions import CORRUPTIONS, SEVERITIES
+from training import checkpoint
 from training.devices import device_of_choice
 from training.errors import TrainingError
-from training.evaluate import (
+from training.evaluation import record, report
+from training.evaluation.assessment import Assessment, assess
+from training.evaluation.corruptions import CORRUPTIONS, SEVERITIES
+from training.evaluation.evaluate import (
     STAND_INS,
     Detection,
     Images,
@@ -32,10 +33,11 @@ from training.evaluate import (
     robustness,
     stand_ins,
 )
+from training.evaluation.record import Picture, Record
+from training.evaluation.subjects import NetworkSubject, ServedSubject, Subject
 from training.model import IMAGE_SIZE
-from training.publish import Card
-from training.record import Picture, Record
-from training.subjects import NetworkSubject, ServedSubject, Subject
+from training.release import manifest
+from training.release.publish import Card
 
 _RUNS = Path("runs")
 _BATCH_SIZE = 500

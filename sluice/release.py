@@ -15,15 +15,16 @@ from serving.control import TritonControl
 from serving.errors import ServingError
 from serving.settings import TritonSettings
 from streamer.settings import StreamerSettings
-from training import candidate, checkpoint, manifest, versions
+from training import checkpoint
 from training.devices import device_of_choice
 from training.errors import ExportError, TrainingError
-from training.export import Export
-from training.golden import SERVED_FLOAT32_TOLERANCE, TOLERANCES, Golden
 from training.model import Network, fold
-from training.precision import Choice
-from training.publish import Card, Draft, publish_draft, publish_export, write
 from training.reading import describe
+from training.release import candidate, manifest, versions
+from training.release.export import Export
+from training.release.golden import SERVED_FLOAT32_TOLERANCE, TOLERANCES, Golden
+from training.release.precision import Choice
+from training.release.publish import Card, Draft, publish_draft, publish_export, write
 
 _LOOK_SECONDS = 1.0
 _LOAD_SECONDS = 120.0

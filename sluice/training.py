@@ -22,11 +22,11 @@ from streamer.settings import StreamerSettings
 from training import overrides
 from training.config import TrainConfig
 from training.errors import ConfigError
-from training.evaluate import Evaluation
+from training.evaluation.evaluate import Evaluation
 from training.folders import RESULT, config_of, unfinished
 from training.loop import Step
-from training.precision import Choice
 from training.recipes import DEFAULT_RECIPE
+from training.release.precision import Choice
 from training.run import Result, train
 
 _RUNS = Path("runs")

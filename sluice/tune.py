@@ -20,12 +20,12 @@ from sluice.supervisor import Service, Supervisor
 from streamer.client import Plan, SampleClient
 from streamer.errors import StreamerError
 from streamer.settings import StreamerSettings
-from training import findings
-from training.cluster import address_of_this_machine, connected
 from training.errors import SearchError
 from training.overrides import parse as parse_fields
-from training.search import Logbook, Search, Trial, best, command, parse, read
-from training.space import parse as parse_entry
+from training.search import findings
+from training.search.cluster import address_of_this_machine, connected
+from training.search.logbook import Logbook, Search, Trial, best, command, parse, read
+from training.search.space import parse as parse_entry
 
 SEARCHES = Path("runs/searches")
 _LOGS = Path(".sluice/logs")
@@ -97,7 +97,7 @@ def begin(options: TuneOptions, *, cluster: str | None, report: Callable[[str], 
     Raises:
         SearchError, StreamerError, ServiceError: It cannot begin; nothing was made.
     """
-    from training.trial import check
+    from training.search.trial import check
 
     search = describe(options)
     check(search)
@@ -149,7 +149,7 @@ def best_command(name: str) -> str:
 def _run(opened: Callable[[], Logbook], search: Search, *, cluster: str | None, report: Callable[[str], None]) -> bool:
     report("starting Ray" if cluster is None else f"joining Ray at {cluster}")
     with connected(cluster):
-        from training import tuning  # may not be installed, and reads what was set just now
+        from training.search import tuning  # may not be installed, and reads what was set just now
 
         unwind_on_sigterm()  # only now, as Ray puts a handler of its own there
         host = None if cluster is None else address_of_this_machine()

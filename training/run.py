@@ -13,21 +13,23 @@ from torch import Tensor
 
 from streamer.client import SplitInfo
 from streamer.loading import StallReport
-from training import candidate, checkpoint, environment, folders, randomness, record
-from training import report as page
+from training import checkpoint, environment, folders, randomness
 from training.checkpoint import Saved, State
 from training.config import TrainConfig
 from training.devices import device_of_choice, make_deterministic
 from training.errors import StoppedError
-from training.evaluate import Evaluation, evaluate
-from training.export import Export
+from training.evaluation import record
+from training.evaluation import report as page
+from training.evaluation.evaluate import Evaluation, evaluate
 from training.folders import CHECKPOINTS, RESULT, alone, new_folder
 from training.journal import Journal
 from training.loop import Loop, Step
 from training.model import Network, fold
-from training.precision import Choice
-from training.publish import Card, prepare, publish_draft
 from training.reading import Data, Reading, batches_of, describe
+from training.release import candidate
+from training.release.export import Export
+from training.release.precision import Choice
+from training.release.publish import Card, prepare, publish_draft
 from training.snapshot import parts_of, restore
 
 __all__ = ["CHECKPOINTS", "Data", "Learnt", "Observer", "Result", "Stopping", "batches_of", "learn", "train"]
@@ -110,7 +112,7 @@ def train(
             is what is in a checkpoint.
         resume: Folder of a run to go on with, whose config this is.
         stopping: Asked after each step.
-        precision: Of the version: see :func:`training.export.export`.
+        precision: Of the version: see :func:`training.release.export.export`.
         force: Publish also what is worse than the current version.
         report: Told where a run goes on, and which checkpoints are damaged, in lines.
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -253,18 +253,8 @@ async def test_answer_that_lies_once_costs_another_call_at_most(
 
 
 def message_of(plan: Plan) -> bytes:
-    return pb.Plan(
-        dataset=plan.dataset,
-        split=plan.split,
-        seed=plan.seed,
-        epoch=plan.epoch,
-        world_size=plan.world_size,
-        rank=plan.rank,
-        batch_size=plan.batch_size,
-        remainder=pb.REMAINDER_DROP if plan.remainder is Remainder.DROP else pb.REMAINDER_KEEP,
-        transform=plan.transform,
-        fingerprint=plan.fingerprint,
-    ).SerializeToString()
+    """Both name the fields alike, and number the remainders alike."""
+    return pb.Plan(**{**asdict(plan), "remainder": plan.remainder.value}).SerializeToString()
 
 
 PINNED = replace(PLAN, fingerprint=DATA[0].splits["train"].fingerprint)

@@ -12,16 +12,16 @@ from streamer.loading import TensorBatch
 from streamer.reading.recording import Origin
 from streamer.sources import datasets, memory
 from streamer.sources.split import MemoryDataset, MemorySplit
-from training import candidate
-from training.assessment import assess
 from training.config import TrainConfig
 from training.errors import PromotionError
+from training.evaluation.assessment import assess
+from training.evaluation.subjects import NetworkSubject
 from training.loop import fit
 from training.model import Network, fold
 from training.overrides import overridden
-from training.publish import Draft, publish_draft
 from training.reading import Data
-from training.subjects import NetworkSubject
+from training.release import candidate
+from training.release.publish import Draft, publish_draft
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

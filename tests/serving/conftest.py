@@ -14,7 +14,7 @@ from rpc.settings import cache_folder
 from serving.installation import Installation, install
 from serving.settings import TritonSettings
 from serving.triton import EmbeddedTriton
-from training import manifest
+from training.release import manifest
 
 CONFIG = (Path(__file__).parents[2] / "model_repository" / "mnist" / "config.pbtxt").read_text()
 

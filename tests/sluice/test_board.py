@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from sluice.board import Board, summary, table, time_left
-from training.search import Search, Trial, TrialState, parse
+from training.search.logbook import Search, Trial, TrialState, parse
 
 SEARCH: Search = parse(
     {"name": "toy", "budget": {"trials": 4, "epochs": 8}, "space": {"optim.lr": {"low": 1, "high": 2}}}, source="test"

@@ -14,11 +14,12 @@ from rpc.settings import SettingsError
 from sluice import evaluate
 from sluice.commands import app
 from sluice.evaluate import EvaluateOptions, find
-from training import checkpoint, record
+from training import checkpoint
 from training.config import DataConfig, TrainConfig
 from training.errors import CheckpointError, TrainingError
+from training.evaluation import record
 from training.model import Network
-from training.publish import DatasetCard, publish
+from training.release.publish import DatasetCard, publish
 
 
 @pytest.fixture(scope="module")

@@ -13,13 +13,13 @@ from serving.installation import install
 from serving.triton import EmbeddedTriton
 from sluice.release import ExportOptions, PublishOptions, RollbackOptions, export, publish, rollback
 from tests.serving.conftest import free_ports, on_free_ports, scripted
-from training import manifest
 from training.errors import PublishError
-from training.export import answers
-from training.golden import Golden
 from training.model import Network, ServedNetwork
-from training.publish import Card, DatasetCard, triton_config
-from training.versions import published, withdrawn
+from training.release import manifest
+from training.release.export import answers
+from training.release.golden import Golden
+from training.release.publish import Card, DatasetCard, triton_config
+from training.release.versions import published, withdrawn
 
 real = [pytest.mark.triton, pytest.mark.asyncio(loop_scope="module")]
 
@@ -131,7 +131,7 @@ class TestInTriton:
         first = write_version(tmp_path / "first", images_golden, name="other", seed=1)
         second = write_version(tmp_path / "second", images_golden, name="other", seed=2, golden_seed=1)
         # What this machine would have noticed by itself, a server elsewhere has to show.
-        monkeypatch.setattr("training.publish.require_alike", lambda folder, card: None)
+        monkeypatch.setattr("training.release.publish.require_alike", lambda folder, card: None)
         await asyncio.to_thread(publish, PublishOptions(source=first, triton=address), report=lambda line: None)
 
         with pytest.raises(ServingError, match=r"version 2 is withdrawn: other version 2 in Triton: .* differ"):

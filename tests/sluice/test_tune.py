@@ -16,8 +16,8 @@ from streamer.client import SampleClient
 from streamer.errors import UnreachableError
 from training.errors import SearchError
 from training.overrides import recipe
-from training.search import Logbook, Trial, parse
-from training.space import Range
+from training.search.logbook import Logbook, Trial, parse
+from training.search.space import Range
 
 
 def test_nothing_given_is_a_whole_search() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from streamer.client import SplitInfo
 from training.config import TrainConfig
-from training.evaluate import Evaluation
+from training.evaluation.evaluate import Evaluation
 from training.loop import Step
 from training.overrides import overridden
 from training.recipes import smoke

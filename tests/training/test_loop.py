@@ -10,7 +10,7 @@ from streamer.loading import TensorBatch
 from streamer.reading.recording import Origin
 from training.config import TrainConfig
 from training.errors import DivergedError
-from training.evaluate import evaluate
+from training.evaluation.evaluate import evaluate
 from training.loop import Loop, Step, fit
 from training.model import Network
 from training.overrides import overridden

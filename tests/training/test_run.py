@@ -11,7 +11,7 @@ from streamer.proof import verify
 from training import checkpoint, reading, run
 from training.config import BudgetConfig, DataConfig, TrainConfig
 from training.errors import ConfigError, TrainingError
-from training.evaluate import Evaluation
+from training.evaluation.evaluate import Evaluation
 from training.loop import Step
 from training.overrides import overridden
 
