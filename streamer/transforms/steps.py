@@ -221,6 +221,25 @@ class Shear(GeometricStep):
 
 
 @dataclass(frozen=True)
+class Mirror(GeometricStep):
+    """Swap left and right; for clothes and the like, of which a mirrored one is one too, and not for characters."""
+
+    name = "mirror"
+    probability: Annotated[float, Takes(Number(0, 1), "of a sample to be mirrored")] = 0.5
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether nothing is ever mirrored."""
+        return self.probability == 0
+
+    def maps(self, words: Words, shape: Shape) -> AffineMaps:
+        """Return the maps."""
+        side = np.where(uniform(words[:, 0]) < self.probability, -1.0, 1.0)
+        zero, one = np.zeros_like(side), np.ones_like(side)
+        return AffineMaps.about_centre(shape, side, zero, zero, one)
+
+
+@dataclass(frozen=True)
 class Elastic(Step):
     """Bend the image: points of a grid move at random, and what lies between follows smoothly (cubic B-splines)."""
 
@@ -389,7 +408,7 @@ class AugmentV1(Preset):
 
 
 _BUILT_IN: tuple[type[Term], ...] = (
-    Crop, Pad, Shift, Rotate, Scale, Shear, Elastic, Cutout, Noise, Normalise, AugmentV1,
+    Crop, Pad, Shift, Rotate, Scale, Shear, Mirror, Elastic, Cutout, Noise, Normalise, AugmentV1,
 )  # fmt: skip
 _known: dict[str, type[Term]] = {term.name: term for term in _BUILT_IN}
 

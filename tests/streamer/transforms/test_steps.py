@@ -97,6 +97,17 @@ def test_shear_leans_the_top_to_the_right() -> None:
     np.testing.assert_array_equal(leaning[0], np.fliplr(np.eye(5, dtype=np.uint8)) * 100)
 
 
+def test_mirror_swaps_left_and_right_of_its_share_of_samples(images: Images) -> None:
+    many = images[np.arange(400) % len(images)]
+
+    mirrored = made("mirror(probability=0.25)", many)
+
+    swapped = (mirrored == many[:, :, ::-1]).all(axis=(1, 2))
+    assert ((mirrored == many).all(axis=(1, 2)) | swapped).all()
+    assert 60 < swapped.sum() < 140
+    np.testing.assert_array_equal(made("mirror(probability=1)", images), images[:, :, ::-1])
+
+
 def test_pad_puts_zeros_around(images: Images) -> None:
     np.testing.assert_array_equal(made("pad(pixels=3)", images), np.pad(images, ((0, 0), (3, 3), (3, 3))))
 

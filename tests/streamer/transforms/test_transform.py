@@ -31,6 +31,7 @@ GOLDEN = {
     "augment-v1(elastic=1.5,cutout=8)": "b6d61d06dec95725",
     "pad(pixels=4)|crop(height=28,width=28)": "d4c77d0e67543289",
     "rotate(degrees=30)|elastic(pixels=3,spacing=5)|scale(percent=20)": "73ec29e752755889",
+    "mirror|shift(pixels=2)": "6569f67546bcd150",
     "noise(std=12)|cutout(pixels=9,fill=128,probability=0.5)": "fc36a93c3a2aff1b",
     "normalise(mean=0.1307,std=0.3081)": "f16ac778cd42f31d",
     "noise(std=3)|normalise(dtype=float16)": "2f645434df300b38",
