@@ -1,15 +1,33 @@
-"""Every setting as a command-line option: a section's fields are the one place that names them."""
+"""
+Options that several commands have, and every setting as one.
+
+A section's fields are the one place that names its settings.
+"""
 
 import inspect
 from collections.abc import Callable
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
 from rpc.settings import Settings, load, variable_of
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
+
+StreamerAddress = Annotated[
+    str | None, typer.Option(help="Address of the streamer, host:port; by default where its settings put it.")
+]
+GatewayAddress = Annotated[
+    str | None, typer.Option(help="Address of the gateway, host:port; by default where its settings put it.")
+]
+LoadingTriton = Annotated[
+    str | None, typer.Option(help="Triton to load the new version, host:port; by default one that answers here.")
+]
+TellsTriton = Annotated[bool, typer.Option(help="Whether to have a Triton load the new version.")]
+JsonObject = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+# As in training.release.precision, which imports torch.
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
 
 def with_options(

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from gateway.client import ImageClient
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton
 from protos.gateway.v1 import image_service_pb2_grpc
+from tests.gateway.fake_triton import FakeTriton
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from gateway.client import ImageClient
 from gateway.server import SERVICE, GatewayServer, serve
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 from rpc.lifecycle import PortTakenError
+from tests.gateway.fake_triton import FakeTriton
 from tests.scraping import becomes, documented, faults, scrape, shown, value
 
 CLASSIFY = {"method": f"{SERVICE}/Classify"}

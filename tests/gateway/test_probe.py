@@ -12,9 +12,9 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from gateway.client import ImageClient, ModelUnavailableError
 from gateway.server import SERVICE, GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton, confident, label_of
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from tests.gateway.fake_triton import FakeTriton, confident, label_of
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

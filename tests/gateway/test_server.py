@@ -15,10 +15,10 @@ from PIL import Image
 from gateway.client import ImageClient
 from gateway.server import GatewayServer, serve
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton, label_of
 from protos.gateway.v1 import image_service_pb2 as pb
 from rpc.health import MAX_WATCHERS
 from rpc.lifecycle import PortTakenError
+from tests.gateway.fake_triton import FakeTriton, label_of
 
 
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton, confident, label_of, normalised
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from tests.gateway.fake_triton import FakeTriton, confident, label_of, normalised
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 

@@ -15,8 +15,8 @@ from gateway.errors import (
     UpstreamTimeoutError,
     UpstreamUnavailableError,
 )
-from gateway.testing import FakeTriton, confident
 from gateway.triton import PROBABILITIES, Inference, Triton, answer
+from tests.gateway.fake_triton import FakeTriton, confident
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from PIL import Image
 from gateway.client import ImageClient
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import Context, FakeTriton, label_of
 from loadtest.images import Sample
+from tests.gateway.fake_triton import Context, FakeTriton, label_of
 from tests.loadtest.virtual_time import InVirtualTime, VirtualLoop
 
 

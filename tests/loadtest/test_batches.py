@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tritonclient.grpc import service_pb2
 
-from gateway.testing import Context, FakeTriton
 from loadtest.batches import Ran, TritonCounters, difference, parse_metrics
+from tests.gateway.fake_triton import Context, FakeTriton
 
 # As Triton 2.51 writes them.
 METRICS = """\

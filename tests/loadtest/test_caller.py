@@ -6,12 +6,12 @@ import grpc
 import pytest
 
 from gateway.server import GatewayServer
-from gateway.testing import Context
 from loadtest.caller import Caller
 from loadtest.errors import CallError, StartError
 from loadtest.images import Sample
 from loadtest.tally import Verdict
 from loadtest.targets import KINDS, Kind, Target, make
+from tests.gateway.fake_triton import Context
 from tests.loadtest.conftest import NewestTriton
 
 

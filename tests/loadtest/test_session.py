@@ -10,7 +10,6 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from gateway.server import GatewayServer
-from gateway.testing import Context
 from loadtest.arrivals import OpenLoop
 from loadtest.errors import StartError
 from loadtest.images import Sample
@@ -20,6 +19,7 @@ from loadtest.runner import Runner
 from loadtest.session import Session
 from loadtest.tally import INTERRUPTED, OK
 from loadtest.targets import KINDS, Kind
+from tests.gateway.fake_triton import Context
 from tests.loadtest.conftest import NewestTriton
 from tests.loadtest.plans import plan_of
 

@@ -8,7 +8,6 @@ from typing import Any
 import grpc
 import pytest
 
-from gateway.testing import Context
 from loadtest.arrivals import ClosedLoop, OpenLoop, Pace
 from loadtest.caller import Caller
 from loadtest.images import Sample
@@ -16,6 +15,7 @@ from loadtest.latency import Latencies
 from loadtest.runner import Runner
 from loadtest.targets import make
 from protos.gateway.v1 import image_service_pb2 as pb
+from tests.gateway.fake_triton import Context
 
 SERVICE_SECONDS = 0.005
 STALL = (0.5, 2.5)

@@ -12,12 +12,12 @@ import pytest
 
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
-from gateway.testing import FakeTriton
 from sluice.health import before_the_first_model, main
 from streamer.server import StreamerServer
 from streamer.settings import StreamerSettings
 from streamer.sources.datasets import find
 from streamer.sources.memory import load
+from tests.gateway.fake_triton import FakeTriton
 
 
 @pytest.fixture

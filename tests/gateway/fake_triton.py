@@ -1,4 +1,4 @@
-"""Doubles for tests: a small Triton that answers what it is told to."""
+"""A small Triton that answers what it is told to."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,0 +1,1 @@
+"""What the client is made of: images on their way out, the channel, and what comes back."""
