@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH_VENV := .venv-bench
 BENCH_READY := $(BENCH_VENV)/.ready
+# Many tests wait for something; more than two at once only makes the others late.
+TEST_PROCESSES ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 help: ## Explain the targets
@@ -34,7 +36,7 @@ up: setup ## Start Triton, streamer and gateway; Ctrl-C stops all of it
 	@$(BIN)/sluice up
 
 test: setup ## The tests CI runs, with a real Triton; less than 10 minutes
-	$(BIN)/pytest -m "not slow and not containers"
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadgroup -m "not slow and not containers"
 
 test-compose: setup ## Build the images and run the line in containers, where there is an engine
 	$(BIN)/pytest -m containers

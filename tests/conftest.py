@@ -12,6 +12,21 @@ import pytest
 from tests.streamer.storage import S3Server, executable
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """
+    Keep a file's tests in one process where there are several, and all that start a Triton: it is large.
+
+    Those with a Triton come first: they take longest together, and waiting for the last of them would be for nothing.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        group = str(item.path) if item.get_closest_marker("triton") is None else "triton"
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("triton") is None)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No settings but the test's own: not those of the user, nor of a ``sluice.toml`` in the working directory."""
