@@ -154,7 +154,8 @@ class Pull:
             raise BrokenError(_silent_for(self._stall_seconds)) from error
 
     async def _half_close(self) -> None:
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        # grpc.aio passes its own InternalError on where the connection breaks in this moment, unlike in a write.
+        with suppress(grpc.aio.AioRpcError, grpc.aio.InternalError, asyncio.InvalidStateError):
             await self._call.done_writing()
 
     async def _hear_end(self) -> None:

@@ -6,6 +6,7 @@ A reader in a process of its own that opens streams, says so, and never comes ba
 
 import asyncio
 import sys
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -46,7 +47,9 @@ async def _calls(address: str, how: str, count: int) -> list[Any]:
         else:
             call = SampleServiceStub(channel).StreamBatches(asked)
         kept.append(call)
-        await call.read()
+        # On a slow machine the streamer has ended some already: nobody grants.
+        with suppress(grpc.aio.AioRpcError):
+            await call.read()
     return kept
 
 

@@ -238,6 +238,17 @@ async def test_replica_with_other_data_is_refused_in_the_middle(server: Streamer
                 await read(client)
 
 
+async def test_connection_that_breaks_as_the_epoch_ends_costs_nothing(
+    client: SampleClient, dataset: MemoryDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(call: object) -> None:
+        raise grpc.aio.InternalError("what grpc.aio raises when the connection goes as it half-closes the call")
+
+    monkeypatch.setattr("grpc.aio._call.StreamStreamCall.done_writing", broken)
+
+    assert_whole(await read(client), dataset)
+
+
 async def test_streamer_that_is_killed_and_comes_back_continues_the_stream(dataset: MemoryDataset) -> None:
     first = StreamerServer(StreamerSettings(port=0, metrics_port=0), [dataset])
     async with first, SampleClient(first.address) as client:
