@@ -26,10 +26,12 @@ from gateway.errors import (
     UpstreamTimeoutError,
     UpstreamUnavailableError,
 )
-from gateway.images import Framing, Limits, Picture, Pixels, Polarity, open_encoded, open_raw
+from gateway.images import Limits, Picture, open_encoded, open_raw
 from gateway.models import Card, Catalog, ServedVersion
 from gateway.similarity import PIXEL_METHODS, Method, cosine
 from gateway.triton import EMBEDDING, PROBABILITIES, Output, Rows, Triton, answer
+from imaging.decoding import Pixels
+from imaging.framing import Framing, Manner, Polarity
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 
@@ -265,16 +267,14 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             raise error.within(field) from error
 
     async def _read_where_it_pays(self, image: pb.Image, card: Card) -> Pixels:
-        polarity, framing = _polarity(image, card), _framing(image, card)
+        manner = _manner(image, card)
         if image.ByteSize() > _INLINE_BYTES:
             # Even a header may hide a long walk.
-            return await self._in_thread(
-                lambda: self._open(image).frame(polarity=polarity, framing=framing),
-            )
+            return await self._in_thread(lambda: self._open(image).frame(manner))
         picture = self._open(image)
         if picture.num_pixels > _INLINE_PIXELS:
-            return await self._in_thread(partial(picture.frame, polarity=polarity, framing=framing))
-        return picture.frame(polarity=polarity, framing=framing)
+            return await self._in_thread(partial(picture.frame, manner))
+        return picture.frame(manner)
 
     async def _read_all(self, images: Sequence[pb.Image], card: Card) -> list[Pixels | InvalidImageError]:
         def read(start: int) -> list[Pixels | InvalidImageError]:
@@ -287,8 +287,8 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
     def _read_or_refuse(self, image: pb.Image, card: Card) -> Pixels | InvalidImageError:
         try:
-            polarity, framing = _polarity(image, card), _framing(image, card)
-            return self._open(image).frame(polarity=polarity, framing=framing)
+            manner = _manner(image, card)
+            return self._open(image).frame(manner)
         except InvalidImageError as error:
             return error
 
@@ -321,6 +321,10 @@ async def _abort(context: Context, error: GatewayError) -> NoReturn:
 
 def _status(error: GatewayError) -> grpc.StatusCode:
     return next(_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS)
+
+
+def _manner(image: pb.Image, card: Card) -> Manner:
+    return Manner(_polarity(image, card), _framing(image, card))
 
 
 def _polarity(image: pb.Image, card: Card) -> Polarity:

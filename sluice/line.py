@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from gateway.client import ClientError, ImageClient
 from gateway.settings import GatewaySettings
@@ -14,6 +15,9 @@ from sluice.settings import UpSettings
 from sluice.supervisor import Service, ServiceError, Supervisor
 from streamer.settings import StreamerSettings
 from streamer.sources.datasets import find
+from streamer.sources.declarations import DECLARATIONS
+from streamer.sources.places import Reading, parted
+from streamer.sources.places import find as look
 
 # Longer than any part takes by itself: a first use installs Triton and may fetch data.
 _READY_SECONDS = 600.0
@@ -90,7 +94,8 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
     triton_settings = load(TritonSettings)
     sources = load(StreamerSettings, data=settings.data)
     # Both happen here, where their progress is seen; the services then find them in the cache.
-    await find("mnist", data=sources.data, cache=sources.cache, report=report)
+    for name, place in sources.places.items():
+        await _look_into(name, place, sources, report)
     await install(triton_settings.cache, report)
     triton_settings.model_repository.mkdir(parents=True, exist_ok=True)  # the first training fills it
     report(f"logs      {settings.logs}/")
@@ -110,6 +115,15 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
             report(f"the gateway does not serve a model: {error}")
             return
     report("ready: `sluice classify FILE...` asks it; Ctrl-C stops")
+
+
+async def _look_into(name: str, place: str | None, sources: StreamerSettings, report: Callable[[str], None]) -> None:
+    """Fetch a known data set; tell what is wrong with a folder, and what becomes of its images."""
+    if place is None or (name in DECLARATIONS and sources.data in (Path(place), Path(place).parent)):
+        await find(name, data=sources.data, cache=sources.cache, report=report)
+    elif parted(place)[1] is not None:
+        found = await look(name, place, Reading(cache=sources.cache), report=report)
+        await found.close()
 
 
 def _require_free_ports(settings: UpSettings) -> None:

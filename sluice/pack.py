@@ -10,7 +10,7 @@ from rpc.settings import SettingsError
 from streamer.sources.declarations import DECLARATIONS
 from streamer.sources.objects import SCHEME, ObjectStore
 from streamer.sources.packing import DEFAULT_BLOCK_BYTES, DEFAULT_SHARD_BYTES, FolderTarget, StoreTarget, pack
-from streamer.sources.places import Reading, find
+from streamer.sources.places import Reading, find, parted
 from streamer.sources.shards import INDEX_NAME
 
 # As of transforms; all images of a folder are in memory while they are packed.
@@ -22,7 +22,7 @@ class PackOptions:
     """What the command was told."""
 
     source: str
-    """Name of a known data set, else its folder or ``s3://bucket/prefix``."""
+    """Name of a known data set, else its folder or ``s3://bucket/prefix``, with ``:stretch`` or the like behind it."""
     out: str
     """A folder or ``s3://bucket/prefix``."""
     cache: Path
@@ -81,7 +81,10 @@ async def run(options: PackOptions, *, report: Callable[[str], None]) -> None:
 def _name_and_place(options: PackOptions) -> tuple[str, str | None]:
     if options.source in DECLARATIONS:
         return options.source, None if options.data is None else str(options.data)
-    return os.path.basename(os.path.abspath(options.source)), options.source
+    place, framing = parted(options.source)
+    if framing and options.size:
+        raise SettingsError(f"--size {options.size}: {options.source} says the size, too; give one of them")
+    return os.path.basename(os.path.abspath(place)), options.source
 
 
 def _parse_size(text: str) -> tuple[int, int] | None:

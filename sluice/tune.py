@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 
+from imaging.framing import SIDE
 from rpc.address import joined
 from rpc.settings import load
 from sluice.board import Board, summary, table
@@ -20,6 +22,7 @@ from sluice.supervisor import Service, Supervisor
 from streamer.client import Plan, SampleClient
 from streamer.errors import StreamerError
 from streamer.settings import StreamerSettings
+from streamer.sources.places import Reading, find, parted
 from training.errors import SearchError
 from training.overrides import parse as parse_fields
 from training.search import findings
@@ -33,6 +36,7 @@ _LOOK_SECONDS = 1.0
 _CONNECT_SECONDS = 30.0
 _READY_SECONDS = 600.0  # a first use may fetch data
 _STOP_MARGIN_SECONDS = 10.0
+_FRAMING = "stretch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +84,9 @@ def describe(options: TuneOptions) -> Search:
         content["fixed"] = {**content.get("fixed", {}), **parse_fields(options.fixed)}
     if content.get("data") is not None:
         content["data"] = Path(content["data"]).absolute()
-        content.setdefault("dataset", _slug(content["data"].name))
+        if "," in str(content["data"]):
+            raise SearchError(f"data: {content['data']}: a folder with a comma in its path cannot be streamed")
+        content.setdefault("dataset", _slug(Path(parted(str(content["data"]))[0]).name))
     content.setdefault("name", _slug(str(content.get("dataset", "mnist"))))
     return parse(content, source="sluice tune" if options.file is None else str(options.file))
 
@@ -103,7 +109,7 @@ def begin(options: TuneOptions, *, cluster: str | None, report: Callable[[str], 
     check(search)
     folder = SEARCHES / search.name
     Logbook(folder).require_new(search.name)  # here, too, as Ray takes a while to start
-    return _run(lambda: Logbook.create(folder, search), search, cluster=cluster, report=report)
+    return _run(lambda num: Logbook.create(folder, search.fitted(num)), search, cluster=cluster, report=report)
 
 
 def resume(name: str, *, cluster: str | None, report: Callable[[str], None]) -> bool:
@@ -114,7 +120,7 @@ def resume(name: str, *, cluster: str | None, report: Callable[[str], None]) -> 
         SearchError, StreamerError, ServiceError: There is none of this name, or it cannot go on.
     """
     logbook = Logbook(SEARCHES / name)
-    return _run(lambda: logbook, logbook.search(), cluster=cluster, report=report)
+    return _run(lambda _: logbook, logbook.search(), cluster=cluster, report=report)
 
 
 def show(name: str, *, as_json: bool) -> None:
@@ -134,19 +140,29 @@ def show(name: str, *, as_json: bool) -> None:
         print(path)
 
 
-def best_command(name: str) -> str:
+def best_command(name: str, *, report: Callable[[str], None] = lambda _: None) -> str:
     """
     Return the shell's line that trains and publishes a search's winner.
+
+    Args:
+        name: Of the search.
+        report: Told what the line needs beside it.
 
     Raises:
         SearchError: There is none of this name, or no trial of it was measured.
     """
     logbook = Logbook(SEARCHES / name)
     search = logbook.search()
-    return command(search, best(logbook.trials(), search))
+    line = command(search, best(logbook.trials(), search))
+    if search.data is not None:
+        datasets = shlex.quote(f"{search.dataset}={_place(search.data)}")
+        report(f"it reads {search.dataset} from a streamer: SLUICE_STREAMER_DATASETS={datasets} sluice up")
+    return line
 
 
-def _run(opened: Callable[[], Logbook], search: Search, *, cluster: str | None, report: Callable[[str], None]) -> bool:
+def _run(
+    opened: Callable[[int], Logbook], search: Search, *, cluster: str | None, report: Callable[[str], None]
+) -> bool:
     report("starting Ray" if cluster is None else f"joining Ray at {cluster}")
     with connected(cluster):
         from training.search import tuning  # may not be installed, and reads what was set just now
@@ -154,8 +170,10 @@ def _run(opened: Callable[[], Logbook], search: Search, *, cluster: str | None, 
         unwind_on_sigterm()  # only now, as Ray puts a handler of its own there
         host = None if cluster is None else address_of_this_machine()
         with streamed(search, host=host, report=report) as address:
-            report(asyncio.run(_look(address, search)))
-            logbook = opened()
+            num_train, told = asyncio.run(_look(address, search))
+            report(told)
+            logbook = opened(num_train)
+            search = logbook.search()
             report(f"search {search.name} in {logbook.folder}: {_extent(search)}")
             with Board(search) as board:
                 is_whole = tuning.run(logbook, board.changed, streamer=address)
@@ -185,6 +203,7 @@ def streamed(search: Search, *, host: str | None, report: Callable[[str], None])
 
     Raises:
         ServiceError: It did not get ready; the message says why.
+        StreamerError: The search's folder holds no usable data set.
     """
     place = load(StreamerSettings)
     running = search.streamer or joined(place.host, place.port)
@@ -192,7 +211,12 @@ def streamed(search: Search, *, host: str | None, report: Callable[[str], None])
         report(f"streamer {running}, which runs already")
         yield running
         return
-    datasets = search.dataset if search.data is None else f"{search.dataset}={search.data}"
+    datasets = search.dataset
+    if search.data is not None:
+        where = _place(search.data)
+        # Here, too, where it is seen what becomes of the images and what is wrong with them.
+        asyncio.run(_look_into(search.dataset, where, report))
+        datasets = f"{search.dataset}={where}"
     options = ["--port", "0", "--metrics-port", "0", "--datasets", datasets]
     service = Service(
         name=f"tune-{search.name}-streamer",
@@ -210,6 +234,16 @@ def streamed(search: Search, *, host: str | None, report: Callable[[str], None])
         yield address
 
 
+def _place(data: Path) -> str:
+    """Return a folder with the way its images become what the network takes."""
+    return str(data) if parted(str(data))[1] else f"{data}:{_FRAMING}"
+
+
+async def _look_into(dataset: str, place: str, report: Callable[[str], None]) -> None:
+    found = await find(dataset, place, Reading(cache=load(StreamerSettings).cache), report=report)
+    await found.close()
+
+
 async def _has(address: str, dataset: str) -> bool:
     async with SampleClient(address) as client:
         try:
@@ -219,8 +253,8 @@ async def _has(address: str, dataset: str) -> bool:
             return False
 
 
-async def _look(address: str, search: Search) -> str:
-    """Return in a line what trials read; refuse what no trial could."""
+async def _look(address: str, search: Search) -> tuple[int, str]:
+    """Return how many images trials train on, and in a line what they read; refuse what no trial could."""
     cut = 100 - search.validation
     async with SampleClient(address) as client:
         await client.wait_ready(timeout_seconds=_CONNECT_SECONDS)
@@ -232,7 +266,14 @@ async def _look(address: str, search: Search) -> str:
             )
         train = await client.split(Plan(dataset=search.dataset, split=f"train[:{cut}%]"))
         validation = await client.split(Plan(dataset=search.dataset, split=f"train[{cut}%:]"))
-    return (
+    if tuple(train.image_shape) != (SIDE, SIDE):
+        raise SearchError(
+            f"dataset {search.dataset!r}: its images are {'x'.join(map(str, train.image_shape))}, the network takes "
+            f"{SIDE}x{SIDE}: give the streamer FOLDER:{_FRAMING} instead of FOLDER"
+        )
+    if train.num_classes < 2:
+        raise SearchError(f"dataset {search.dataset!r}: has one class; at least two are needed")
+    return train.num_samples, (
         f"{search.dataset}: {train.num_samples:,} images to train on, {validation.num_samples:,} to measure on, "
         f"{train.num_classes} classes; the test split is not read"
     )

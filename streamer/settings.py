@@ -31,7 +31,10 @@ class StreamerSettings(Settings):
     """Processes that serve; 0: one on each core it may use. Several share the port and the data in memory, on Linux."""
 
     datasets: str = "mnist"
-    """What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``."""
+    """
+    What is served, separated by commas: NAME of a known data set, or NAME=PLACE, a folder or ``s3://bucket/prefix``.
+    PLACE:stretch brings images of any size and colour to the network's 28x28, PLACE:center as MNIST's digits.
+    """
 
     data: Path | None = Field(None, validation_alias="SLUICE_DATA")
     """Folder of a known data set, or with a folder for each; None: the cache, else the mirrors, else the small set."""

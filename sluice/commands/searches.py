@@ -104,7 +104,7 @@ def show(
 
 
 def best(name: SearchName) -> None:
-    """Print the command that trains a search's winner on all training images and publishes it."""
+    """Print the command that trains a search's winner, measures it on the test split, and publishes it."""
     from sluice.tune import best_command
 
-    print(best_command(name))
+    print(best_command(name, report=say))

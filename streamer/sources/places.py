@@ -2,9 +2,10 @@
 
 import asyncio
 import enum
+import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,8 @@ Report = Callable[[str], None]
 _NUM_THREADS = 4
 # Read at once on the way into memory.
 _PIECE_BYTES = 16 * 1024**2
+# As of streamer.sources.framed, which needs Pillow.
+_FRAMED = re.compile(r"(.+):(stretch|center)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +89,9 @@ async def open_dataset(name: str, place: str | None, reading: Reading, *, report
     Args:
         name: What readers call it; one of :data:`streamer.sources.declarations.DECLARATIONS` where ``place`` is None.
         place: A folder of IDX files, of images in folders named by class, or packed; or one in object storage,
-            ``s3://bucket/prefix``, packed or of IDX files. None: as :func:`streamer.sources.datasets.find` finds it.
+            ``s3://bucket/prefix``, packed or of IDX files; ``:stretch`` or ``:center`` behind it brings all images
+            to what a network takes, see :mod:`streamer.sources.framed`. None: as
+            :func:`streamer.sources.datasets.find` finds it.
         reading: Limits.
         report: Told in plain sentences what a person should know.
 
@@ -110,17 +115,51 @@ async def open_dataset(name: str, place: str | None, reading: Reading, *, report
 async def find(name: str, place: str | None, reading: Reading, *, report: Report) -> Found:
     """Find a data set without reading it into memory where that can be helped; arguments as for open_dataset."""
     threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=f"read-{name}")
+    place, framing = (None, None) if place is None else parted(place)
     try:
         if place is None or not place.startswith(SCHEME):
-            return await _find_here(name, None if place is None else Path(place), reading, threads, report)
-        return await _find_in_store(name, place, reading, threads, report)
+            here = None if place is None else Path(place)
+            found = await _find_here(name, here, framing, reading, threads, report)
+        else:
+            found = await _find_in_store(name, place, reading, threads, report)
+        return found if framing is None else await _for_network(found, framing, reading, report)
     except BaseException:
         threads.shutdown(wait=False, cancel_futures=True)
         raise
 
 
+def parted(place: str) -> tuple[str, str | None]:
+    """Return where a place is, and the word behind it that says how its images become what a network takes."""
+    match = _FRAMED.fullmatch(place)
+    return (place, None) if match is None else (match[1], match[2])
+
+
+async def _for_network(found: Found, framing: str, reading: Reading, report: Report) -> Found:
+    from streamer.sources.framed import MANNERS, as_network_takes
+
+    try:
+        splits = await as_network_takes(
+            found.splits,
+            MANNERS[framing],
+            held_out=reading.held_out,
+            where=found.where,
+            threads=found.threads,
+            report=report,
+        )
+    except BaseException:
+        if found.cache is not None:
+            found.cache.close()
+        raise
+    return replace(found, splits=splits)
+
+
 async def _find_here(
-    name: str, folder: Path | None, reading: Reading, threads: ThreadPoolExecutor, report: Report
+    name: str,
+    folder: Path | None,
+    framing: str | None,
+    reading: Reading,
+    threads: ThreadPoolExecutor,
+    report: Report,
 ) -> Found:
     if folder is None:
         return await _find_declared(name, folder, reading, threads, report)
@@ -134,10 +173,18 @@ async def _find_here(
         return await _find_idx(name, str(place), partial(_read_here, place), threads)
     # Pillow is needed for images alone.
     from streamer.sources.folders import look
+    from streamer.sources.framed import MANNERS
 
     images = await in_thread(
         threads,
-        lambda: look(place, size=reading.image_size, held_out=reading.held_out, threads=threads, report=report),
+        lambda: look(
+            place,
+            size=reading.image_size,
+            manner=None if framing is None else MANNERS[framing],
+            held_out=reading.held_out,
+            threads=threads,
+            report=report,
+        ),
     )
     return Found(name, next(iter(images.values())).class_names, images, str(place), threads)
 

@@ -3,15 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 import structlog
-from numpy.typing import NDArray
 
 from gateway.client import ImageClient
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
+from imaging.decoding import Pixels
 from protos.gateway.v1 import image_service_pb2_grpc
+from tests.digits import seven
 from tests.gateway.fake_triton import FakeTriton
 
 
@@ -70,20 +70,8 @@ def stub(channel: grpc.aio.Channel) -> Any:
 
 
 @pytest.fixture
-def digit() -> NDArray[np.uint8]:
-    """Return a seven as MNIST would hold it: 20x20 with soft edges, centred by mass, full contrast."""
-    big = np.zeros((200, 200), np.uint8)
-    big[0:30, 20:180] = 255
-    for row in range(30, 200):
-        left = 145 - (row - 30) // 2
-        big[row, left : left + 35] = 255
-    small = big.reshape(20, 10, 20, 10).mean(axis=(1, 3)).astype(np.uint8)
-    framed = np.zeros((28, 28), np.uint8)
-    rows, columns = np.arange(20), np.arange(20)
-    top = round(14 - float(small.sum(axis=1) @ rows) / float(small.sum()))
-    left = round(14 - float(small.sum(axis=0) @ columns) / float(small.sum()))
-    framed[top : top + 20, left : left + 20] = small
-    return framed
+def digit() -> Pixels:
+    return seven()
 
 
 @pytest.fixture

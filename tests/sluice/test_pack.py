@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 from rpc.settings import SettingsError
 from sluice.commands import app
 from sluice.pack import PackOptions, run
+from streamer.errors import DataError
 from streamer.sources.places import Reading, open_dataset
 from streamer.sources.split import Dataset
 
@@ -57,3 +59,31 @@ def test_command_line_packs_and_says_so(tiny_mnist: Path, tmp_path: Path) -> Non
 
     assert result.exit_code == 0, result.output
     assert f"index: {tmp_path}/packed/index.json" in result.output
+
+
+async def test_folder_is_packed_as_the_network_takes_it(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "pictures" / f"class {number % 2}" / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize((10 + number, 16)).save(path)
+    place = f"{tmp_path}/pictures:stretch"
+    options = PackOptions(source=place, out=str(tmp_path / "packed"), cache=tmp_path)
+    await run(options, report=print)
+
+    packed, loose = await opened(tmp_path / "packed", tmp_path), await opened(Path(place), tmp_path)
+    assert packed.splits["train"].image_shape == (28, 28)
+    assert packed.splits["train"].fingerprint == loose.splits["train"].fingerprint
+    with pytest.raises(SettingsError, match=r"--size 64: .*pictures:stretch says the size, too"):
+        await run(replace(options, size="64"), report=print)
+
+
+async def test_packed_images_of_another_size_are_refused_for_a_network(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (10, 6)).save(tmp_path / "pictures" / name / "1.png")
+    await run(
+        PackOptions(source=str(tmp_path / "pictures"), out=str(tmp_path / "packed"), cache=tmp_path), report=print
+    )
+
+    with pytest.raises(DataError, match=r"28x28, grey, found 6x10 in colour; pack them anew .*FOLDER:stretch"):
+        await opened(Path(f"{tmp_path}/packed:stretch"), tmp_path)

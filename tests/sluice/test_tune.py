@@ -8,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from sluice.supervisor import ServiceError
 from sluice.training import TrainOptions, configure
 from sluice.tune import SEARCHES, TuneOptions, begin, best_command, describe, resume, show, streamed
-from streamer.client import SampleClient
-from streamer.errors import UnreachableError
+from streamer.client import DatasetInfo, SampleClient
+from streamer.errors import DataError, UnreachableError
 from training.errors import SearchError
 from training.overrides import recipe
 from training.search.logbook import Logbook, Trial, parse
@@ -73,6 +73,22 @@ def test_best_prints_a_line_that_train_takes() -> None:
     assert config.augmentation == values["augmentation"] != recipe("mnist").augmentation
 
 
+def test_best_says_which_streamer_a_folder_needs(tmp_path: Path) -> None:
+    search = describe(TuneOptions(data=tmp_path / "My Shoes"))
+    trial = Trial(number=1, id="t1", values={}, state="finished", scores={8: 0.9})
+    Logbook.create(SEARCHES / search.name, search).write_trials((trial,))
+    told: list[str] = []
+    best_command("my-shoes", report=told.append)
+
+    (line,) = told
+    assert line.endswith(f"SLUICE_STREAMER_DATASETS='my-shoes={tmp_path}/My Shoes:stretch' sluice up")
+
+
+def test_folder_that_cannot_be_named_to_a_streamer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SearchError, match=r"data: .*a,b: a folder with a comma"):
+        describe(TuneOptions(data=tmp_path / "a,b"))
+
+
 def test_search_is_shown_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
     search = parse({"name": "shoes", "space": {"optim.lr": {"low": 1, "high": 2}}}, source="test")
     trial = Trial(number=1, id="t1", values={"optim.lr": 1.5}, state="running", scores={1: 0.25})
@@ -114,8 +130,32 @@ def test_trials_share_a_streamer_that_runs(tiny_mnist: Path) -> None:
 def test_folder_without_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     search = parse({"name": "empty", "dataset": "empty", "data": tmp_path / "empty"}, source="test")
-    with pytest.raises(ServiceError, match="empty"), streamed(search, host=None, report=print):
+    with pytest.raises(DataError, match="empty"), streamed(search, host=None, report=print):
         pass
+
+
+def test_folder_of_pictures_is_streamed_as_the_network_takes_them(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / "shoes" / ("boot", "high heel")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30 + number, 40)).save(path)
+    told: list[str] = []
+    search = describe(TuneOptions(data=tmp_path / "shoes"))
+    with streamed(search, host=None, report=told.append) as address:
+        (info,) = asyncio.run(_datasets(address))
+
+    assert told[0].startswith(f"{tmp_path}/shoes: 20 images become 28x28 grey; sizes are 40x30 to 40x49 pixels")
+    assert info.class_names == ("boot", "high heel")
+    assert [(split.name, split.num_samples, tuple(split.image_shape)) for split in info.splits.values()] == [
+        ("train", 18, (28, 28)),
+        ("test", 2, (28, 28)),
+    ]
+
+
+def test_word_behind_a_folder_is_no_part_of_its_name(tmp_path: Path) -> None:
+    search = describe(TuneOptions(data=tmp_path / "Road Signs:center"))
+
+    assert (search.dataset, search.data) == ("road-signs", tmp_path / "Road Signs:center")
 
 
 def test_missing_ray_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch, tiny_mnist: Path) -> None:
@@ -149,6 +189,10 @@ def test_killed_search_goes_on_and_names_its_winner(tiny_mnist: Path) -> None:
 
 
 async def _names(address: str) -> list[str]:
+    return [info.name for info in await _datasets(address)]
+
+
+async def _datasets(address: str) -> list[DatasetInfo]:
     async with SampleClient(address) as client:
         await client.wait_ready(timeout_seconds=1)
-        return [info.name for info in await client.datasets()]
+        return await client.datasets()

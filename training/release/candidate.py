@@ -7,6 +7,7 @@ from training.evaluation.assessment import Assessment, assess
 from training.evaluation.subjects import NetworkSubject
 from training.model import Network
 from training.reading import Data, batches_of
+from training.release.manner import manner_of
 from training.release.precision import Choice
 from training.release.publish import DatasetCard, Draft
 
@@ -65,4 +66,5 @@ def drafted(assessment: Assessment, data: Data, *, name: str, precision: Choice 
         precision=precision,
         temperature=assessment.temperature,
         examples=assessment.examples,
+        manner=manner_of(assessment.examples.images),
     )

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -14,6 +14,7 @@ from typing import Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from imaging.framing import Framing, Manner, Polarity
 from training.devices import device_of_choice
 from training.errors import ExportError, PromotionError, PublishError
 from training.model import EMBEDDING_SIZE, IMAGE_SIZE, Network
@@ -50,8 +51,8 @@ class Card(BaseModel):
     created: str
     class_names: list[str]
     image_shape: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE)
-    polarity: str = "auto"
-    framing: str = "auto"
+    polarity: Polarity = "auto"
+    framing: Framing = "auto"
     device: str = ANY_DEVICE
     precision: Precision = "float32"
     digest: str
@@ -93,6 +94,8 @@ class Draft:
     """This and the next two: see :func:`training.release.export.export`."""
     temperature: float = 1.0
     examples: Examples | None = None
+    manner: Manner = field(default_factory=Manner)
+    """In which a gateway makes its images of files."""
 
 
 def write(network: Network, folder: Path, draft: Draft, *, device: torch.device | None = None) -> tuple[Card, Export]:
@@ -127,6 +130,8 @@ def write(network: Network, folder: Path, draft: Draft, *, device: torch.device 
             version=0,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             class_names=draft.class_names,
+            polarity=draft.manner.polarity,
+            framing=draft.manner.framing,
             device=exported.device,
             precision=exported.precision,
             digest=f"sha256:{manifest.sha256(folder / MODEL)}",

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +23,9 @@ _OWN_FIELDS = frozenset(
     ("name", "seed", "data.streamer", "data.dataset", "data.train_split", "data.validation_split", "data.test_split")
 )
 _OWN_SECTIONS = ("budget.", "checkpoint.")
+# Of a trial, in all its epochs: a network that saw fewer has hardly begun. As of a run's budget.
+_LEAST_SAMPLES = 40_000
+_MOST_EPOCHS = 100
 
 
 class _Frozen(BaseModel):
@@ -35,7 +38,7 @@ class SearchBudget(_Frozen):
     trials: int = Field(20, ge=1, le=10_000)
     """Combinations to try."""
     epochs: int = Field(8, ge=1, le=10_000)
-    """Epochs of a trial that is not stopped early."""
+    """Epochs of a trial that is not stopped early; more of them where the data is small and nobody said how many."""
     min_epochs: int | None = Field(None, ge=1)
     """Epochs that every trial gets before it may be stopped; none: a quarter of all, at least one."""
     minutes: float | None = Field(None, gt=0)
@@ -72,7 +75,10 @@ class Search(_Frozen):
     dataset: str = "mnist"
     """Data set as the streamer lists it."""
     data: Path | None = None
-    """Folder of the data set, which the search then streams itself; none: a known one, or what a streamer has."""
+    """
+    Folder of the data set, which the search then streams itself; none: a known one, or what a streamer has. Images of
+    another size than the network's are scaled as a whole, or with ``:center`` behind the folder, framed as digits.
+    """
     streamer: str | None = None
     """Address of a running streamer that has it, host:port; none: one that answers here, else one of its own."""
     recipe: str = "mnist"
@@ -107,6 +113,18 @@ class Search(_Frozen):
         if both := set(self.fixed) & set(self.space.names()):
             raise ValueError(f"{', '.join(sorted(both))}: both fixed and varied")
         return self
+
+    def fitted(self, num_train: int) -> Self:
+        """
+        Return it with more epochs where the data is so small that those by default would teach nothing.
+
+        Args:
+            num_train: Images that a trial trains on, at least 1.
+        """
+        if {"epochs", "min_epochs"} & self.budget.model_fields_set:
+            return self
+        epochs = min(max(self.budget.epochs, -(-_LEAST_SAMPLES // num_train)), _MOST_EPOCHS)
+        return self.model_copy(update={"budget": self.budget.model_copy(update={"epochs": epochs})})
 
     @property
     def is_better_when_higher(self) -> bool:
@@ -283,15 +301,37 @@ def best(trials: Sequence[Trial], search: Search) -> Trial:
     raise SearchError(f"search {search.name}: no trial has been measured yet{failed}")
 
 
+def splits(search: Search) -> dict[str, Value]:
+    """Return the fields that say what trials are trained on and what they are measured on."""
+    cut = 100 - search.validation
+    return {"data.train_split": f"train[:{cut}%]", "data.validation_split": f"train[{cut}%:]"}
+
+
 def command(search: Search, trial: Trial) -> str:
-    """Return the shell's line that trains with a trial's values on the whole training split, and publishes."""
+    """
+    Return the shell's line that trains once more as a trial was, measures on the test split, and publishes.
+
+    The trial's validation split stays one: it chooses the best epoch and calibrates the probabilities.
+    """
     words = ["sluice", "train", "--recipe", search.recipe, "--epochs", str(search.budget.epochs)]
     if search.streamer is not None:
         words += ["--streamer", search.streamer]
-    fields: dict[str, Value] = {"name": search.name, "data.dataset": search.dataset, **search.fixed, **trial.values}
+    usual = dict(_flat(RECIPES[search.recipe]().model_dump()))
+    own = {"seed": search.seed, **splits(search)}
+    fields: dict[str, Value] = {"name": search.name, "data.dataset": search.dataset}
+    fields |= {name: value for name, value in own.items() if value != usual[name]}
+    fields |= {**search.fixed, **trial.values}
     for name, value in fields.items():
         words += ["--set", f"{name}={_plain(value)}"]
     return shlex.join(words)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _plain(value: Value) -> str:

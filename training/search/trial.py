@@ -15,7 +15,7 @@ from training.journal import FILE as JOURNAL
 from training.loop import Step
 from training.overrides import overridden, recipe
 from training.run import CHECKPOINTS, learn
-from training.search.logbook import Search
+from training.search.logbook import Search, splits
 from training.search.space import Value
 
 EPOCH = "epoch"
@@ -36,14 +36,12 @@ def configure(search: Search, values: Mapping[str, Value], *, streamer: str) -> 
     Raises:
         ConfigError: A field or a value is none.
     """
-    cut = 100 - search.validation
     own = {
         "name": search.name,
         "seed": search.seed,
         "data.streamer": streamer,
         "data.dataset": search.dataset,
-        "data.train_split": f"train[:{cut}%]",
-        "data.validation_split": f"train[{cut}%:]",
+        **splits(search),
         "budget.seconds": None,
         "budget.max_epochs": search.budget.epochs,
     }

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imaging.framing import Manner
 from streamer.errors import DataError
 from streamer.sources.folders import ImageFolder, look
 
@@ -19,9 +21,9 @@ def looked() -> Iterator[tuple[Look, list[str]]]:
     with ThreadPoolExecutor(2) as threads:
 
         def look_into(
-            folder: Path, *, size: tuple[int, int] | None = None, held_out: float = 0.0
+            folder: Path, *, size: tuple[int, int] | None = None, held_out: float = 0.0, manner: Manner | None = None
         ) -> Mapping[str, ImageFolder]:
-            return look(folder, size=size, held_out=held_out, threads=threads, report=said.append)
+            return look(folder, size=size, manner=manner, held_out=held_out, threads=threads, report=said.append)
 
         yield look_into, said
 
@@ -114,7 +116,7 @@ def test_image_of_another_size_is_named_with_the_way_out(looked: tuple[Look, lis
     draw(tmp_path / "a" / "1.png")
     draw(tmp_path / "a" / "2.png", size=(6, 5))
 
-    with pytest.raises(DataError, match=r"2\.png: expected 4x6 pixels .*, found 5x6; give a size"):
+    with pytest.raises(DataError, match=r"2\.png: expected 4x6 pixels .*, found 5x6; FOLDER:stretch"):
         looked[0](tmp_path)
 
 
@@ -176,4 +178,77 @@ def test_folder_without_classes_is_named(looked: tuple[Look, list[str]], tmp_pat
     draw(tmp_path / "1.png")
 
     with pytest.raises(DataError, match=f"{tmp_path}: expected a folder for each class"):
+        looked[0](tmp_path)
+
+
+def test_every_file_that_is_no_image_is_named_at_once(looked: tuple[Look, list[str]], tmp_path: Path) -> None:
+    draw(tmp_path / "a" / "1.png")
+    for number in (2, 3, 4):
+        (tmp_path / "a" / f"{number}.png").write_bytes(b"no image")
+
+    with pytest.raises(DataError, match=r"2\.png: .*; so in 2 other files: .*/3\.png, .*/4\.png"):
+        looked[0](tmp_path)
+
+
+@pytest.mark.parametrize("name", [".cache/1.png", "a/.thumbnails/1.png", "__MACOSX/a/._1.png", "a/._1.png"])
+def test_what_other_programs_leave_behind_is_no_sample(
+    looked: tuple[Look, list[str]], tmp_path: Path, name: str
+) -> None:
+    draw(tmp_path / "a" / "1.png")
+    draw(tmp_path / name)
+
+    train = looked[0](tmp_path)["train"]
+    assert (train.class_names, train.num_samples) == (("a",), 1)
+
+
+def test_images_in_no_class_and_other_splits_are_reported(looked: tuple[Look, list[str]], tmp_path: Path) -> None:
+    for name in ("train/a/1.png", "test/a/1.png", "val/a/1.png", "train/2.png"):
+        draw(tmp_path / name)
+
+    looked[0](tmp_path)
+    assert looked[1] == [
+        f"{tmp_path}: left out val, as there are train and test",
+        f"{tmp_path}/train: 1 images left out that are in no class's folder, like 2.png",
+    ]
+
+
+def test_share_is_held_out_of_train_where_test_is_missing(looked: tuple[Look, list[str]], tmp_path: Path) -> None:
+    for number in range(10):
+        draw(tmp_path / "train" / "a" / f"{number}.png")
+
+    splits = looked[0](tmp_path, held_out=0.2)
+    assert {name: split.num_samples for name, split in splits.items()} == {"train": 8, "test": 2}
+
+
+def test_one_class_is_refused_for_a_network_and_what_may_be_meant_is_named(
+    looked: tuple[Look, list[str]], tmp_path: Path
+) -> None:
+    for name in ("pictures/boot/1.png", "pictures/shoe/1.png"):
+        draw(tmp_path / name)
+
+    assert looked[0](tmp_path)["train"].class_names == ("pictures",)
+    with pytest.raises(DataError, match=f"at least two .*, found one, pictures; .*boot, shoe: is {tmp_path}/pictures"):
+        looked[0](tmp_path, manner=Manner())
+
+
+def test_names_of_classes_are_composed(looked: tuple[Look, list[str]], tmp_path: Path) -> None:
+    draw(tmp_path / "Hu\u0308te und Mu\u0308tzen" / "1.png")
+
+    assert looked[0](tmp_path)["train"].class_names == ("H\u00fcte und M\u00fctzen",)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((b"gr\xfcn", b"rot"), "expected folders whose names are UTF-8, found .*xfcn"),
+        (("gr\u00fcn".encode(), "gru\u0308n".encode()), "expected a class of another name, found two"),
+    ],
+)
+def test_names_that_no_card_could_hold_are_refused(
+    looked: tuple[Look, list[str]], tmp_path: Path, names: tuple[bytes, bytes], message: str
+) -> None:
+    for name in names:
+        draw(tmp_path / os.fsdecode(name) / "1.png")
+
+    with pytest.raises(DataError, match=message):
         looked[0](tmp_path)

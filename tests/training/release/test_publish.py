@@ -1,11 +1,13 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from gateway.models import Card as GatewayCard
+from imaging.framing import Manner
 from training.errors import ExportError, ManifestError, PromotionError, PublishError
 from training.model import Network
 from training.release import manifest
@@ -66,6 +68,14 @@ def test_network_is_published_without_an_export_of_ones_own(tmp_path: Path) -> N
 
     assert (card.model, card.version, card.metrics["temperature"]) == ("letters", 1, 2)
     assert names(tmp_path / "letters") == ["1", "config.pbtxt"]
+
+
+def test_card_says_how_images_are_framed(tmp_path: Path) -> None:
+    draft = replace(DRAFT, manner=Manner("light_on_dark", "stretch"), class_names=["Hüte", "T-shirt/top"])
+    write(Network(2), tmp_path / "export", draft)
+    read = GatewayCard.model_validate_json((tmp_path / "export" / "card.json").read_bytes())
+
+    assert (read.polarity, read.framing, read.class_names) == ("light_on_dark", "stretch", ("Hüte", "T-shirt/top"))
 
 
 def test_gateway_reads_every_field_of_the_card(exported: Path) -> None:

@@ -87,6 +87,22 @@ def test_command_can_be_given_to_a_shell() -> None:
     )
 
 
+def test_command_repeats_what_the_search_had_of_its_own() -> None:
+    line = command(search(validation=20, seed=3), trial(1, {8: 0.9}))
+
+    assert "--set seed=3 --set 'data.train_split=train[:80%]' --set 'data.validation_split=train[80%:]'" in line
+
+
+@pytest.mark.parametrize(
+    ("budget", "num_train", "epochs"),
+    [({}, 54_000, 8), ({}, 5000, 8), ({}, 4999, 9), ({}, 243, 100), ({"epochs": 2}, 243, 2), ({"min_epochs": 2}, 9, 8)],
+)
+def test_trials_on_few_images_get_more_epochs_unless_somebody_said(
+    budget: dict[str, int], num_train: int, epochs: int
+) -> None:
+    assert search(budget=budget).fitted(num_train).budget.epochs == epochs
+
+
 def test_logbook_keeps_search_and_trials(tmp_path: Path) -> None:
     wanted = search(data=tmp_path, budget={"trials": 3})
     logbook = Logbook.create(tmp_path / "shoes", wanted)
