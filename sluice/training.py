@@ -21,13 +21,14 @@ from streamer.client import SplitInfo
 from streamer.settings import StreamerSettings
 from training import overrides
 from training.config import TrainConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, DivergedError, StoppedError
 from training.evaluation.evaluate import Evaluation
 from training.folders import RESULT, config_of, unfinished
 from training.loop import Step
+from training.ranks import Ranks, gathered
 from training.recipes import DEFAULT_RECIPE
 from training.release.precision import Choice
-from training.run import Result, train
+from training.run import Result, assist, train
 
 _RUNS = Path("runs")
 _OPTION_OF = {
@@ -131,9 +132,12 @@ def _given(options: TrainOptions) -> dict[str, Any]:
     return given
 
 
-def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
+def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome | None:
     """
     Train, publish, and have Triton load the version where one runs.
+
+    Started by ``torchrun`` it is one of several ranks, which train together: the first one does all else, and for the
+    others None comes back once they are no longer needed.
 
     Args:
         options: From the command line.
@@ -144,7 +148,27 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
         ServingError: The Triton named by ``options.triton`` does not answer; or one does, and did not load the
             version, or answered differently: the version is withdrawn.
     """
-    config, resume = _config_and_folder(options)
+    with gathered() as ranks:
+        config, resume = ranks.from_first(lambda: _config_and_folder(options))
+        if ranks.is_first:
+            return _lead(options, config, resume, ranks, report)
+        _assist(options, config, ranks)
+        return None
+
+
+def _assist(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
+    try:
+        assist(config, ranks, ledger=options.ledger, stopping=asked_to_stop(lambda _: None))
+    # Both come to all ranks at the same step, and the first one tells.
+    except StoppedError as stopped:
+        sys.exit(128 + stopped.signal)
+    except DivergedError:
+        sys.exit(1)
+
+
+def _lead(
+    options: TrainOptions, config: TrainConfig, resume: Path | None, ranks: Ranks, report: Callable[[str], None]
+) -> Outcome:
     repository = load(TritonSettings).model_repository
     report(f"asking the streamer at {config.data.streamer}")
     with ProgressView() as view:
@@ -159,6 +183,7 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome:
             precision=options.precision,
             force=options.force,
             report=report,
+            ranks=ranks,
         )
     report(str(result.stalls))
     explain(result.exported, report)

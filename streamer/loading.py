@@ -43,7 +43,7 @@ from streamer.reading.replica import WINDOW_BYTES
 from streamer.reading.retry import Retry
 from streamer.reading.stalls import StallReport, Stalls, Timings
 
-__all__ = ["StallReport", "StreamedDataset", "StreamedLoader", "TensorBatch"]
+__all__ = ["Origin", "StallReport", "StreamedDataset", "StreamedLoader", "TensorBatch"]
 
 # Measured with one worker on two cores: 200 kB take 0.5 ms by value and 1.2 ms in shared memory, 2 MB the same.
 _SMALL_BYTES = 1024**2

@@ -25,7 +25,7 @@ class DataConfig(_Frozen):
     test_split: str = Field("test", min_length=1)
     """What the finished network is measured on, once; chooses nothing."""
     batch_size: int = Field(128, ge=1, le=8192)
-    """Samples a step; the last step of an epoch takes what is left."""
+    """Samples a step, over all ranks together; the last step of an epoch takes what is left."""
     prefetch_batches: int = Field(4, ge=1, le=64)
     """Batches read ahead of the training step; bounds the reader's memory."""
 

@@ -30,6 +30,14 @@ class StoppedError(TrainingError):
         """Number of the signal that asked."""
 
 
+class RankError(TrainingError):
+    """A rank of several cannot join the others, or has lost them."""
+
+
+class TrackingError(TrainingError):
+    """A run cannot be tracked where it was asked for; nothing has begun."""
+
+
 class CheckpointError(TrainingError):
     """A checkpoint is missing, damaged or made for another network."""
 

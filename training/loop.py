@@ -20,6 +20,7 @@ from training.meters import Meters, Reading
 from training.model import Network
 from training.optim import gradient_norm, guarded_step, make_optimizer, set_rate
 from training.pace import Pace
+from training.ranks import ALONE, Ranks
 from training.schedule import learning_rate
 
 __all__ = ["Loop", "Step", "device_of_choice", "fit", "images_of"]
@@ -97,22 +98,26 @@ class Loop:
         network: On the device to train on; trained in place.
         config: The whole run.
         num_samples: Samples in one epoch.
+        ranks: That take each step together, every one with its share of the batch.
     """
 
-    def __init__(self, network: Network, config: TrainConfig, *, num_samples: int) -> None:
+    def __init__(self, network: Network, config: TrainConfig, *, num_samples: int, ranks: Ranks = ALONE) -> None:
         self.network = network.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         self.device = next(network.parameters()).device
         self.optimizer = make_optimizer(network, config.optim)
         self.average = None if config.ema.decay is None else Average(network, config.ema.decay, config.ema)
         self.meters = Meters(self.device)
-        self.pace = Pace(config.budget, num_samples)
+        self.pace = Pace(config.budget, num_samples, decide=lambda epochs: ranks.from_first(lambda: epochs))
         self.epoch = 0
         """Epochs finished; the number of the one that is being trained on."""
         self.number = 0
         """Steps taken."""
         self.last: Step
         """The last one of them."""
-        self._forward: Callable[[Tensor], Tensor] = torch.compile(network) if config.compile else network
+        # Only now, as an average is of a network with plain norms.
+        forward = ranks.spread(network)
+        self._forward: Callable[[Tensor], Tensor] = torch.compile(forward) if config.compile else forward
+        self._ranks = ranks
         self._config = config
         self._is_half = is_half(config.precision, self.device)
         # A CPU has nothing to wait for.
@@ -182,7 +187,7 @@ class Loop:
         lr = learning_rate(self.pace.begin_step(), self._config.optim.lr, self._config.schedule)
         set_rate(self.optimizer, lr)
         self._learn(self._here(batch))
-        self.pace.end_step(len(batch.labels), epochs_done=self.epoch)
+        self.pace.end_step(_size(batch), epochs_done=self.epoch)
         if self.number % self._read_steps == 0:
             self.read()
         return Step(
@@ -207,16 +212,30 @@ class Loop:
         optim = self._config.optim
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_half):
             logits_NK = self._forward(images_of(batch))
-        loss = F.cross_entropy(logits_NK.float(), batch.labels, label_smoothing=optim.label_smoothing)
+        loss = _loss(logits_NK.float(), batch.labels, optim.label_smoothing)
+        share = len(batch.labels) / _size(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._ranks.weigh(loss, share).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = shrink = None
         if optim.clip_norm is not None:
             norm = gradient_norm(self.network)
             shrink = (norm / optim.clip_norm).clamp(min=1)
         share_right = (logits_NK.argmax(dim=1) == batch.labels).float().mean()
+        loss, share_right = self._ranks.mean((loss, share_right), share)
         self.number += 1
         self.meters.add(self.number, loss, share_right, norm)
         guarded_step(self.optimizer, failed=self.meters.failed, shrink=shrink)
         if self.average is not None:
             self.average.update(self.number)
+
+
+def _size(batch: TensorBatch) -> int:
+    """Return the samples of a step, over all ranks."""
+    return batch.next_position - batch.position
+
+
+def _loss(logits_NK: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+    """Return the mean loss; of no sample it is 0, with gradients of 0."""
+    if not len(labels):
+        return logits_NK.sum()
+    return F.cross_entropy(logits_NK, labels, label_smoothing=label_smoothing)

@@ -1,6 +1,7 @@
 """How fast a run is, and how many epochs it has time for."""
 
 import time
+from collections.abc import Callable
 
 from training.config import BudgetConfig
 
@@ -15,11 +16,15 @@ class Pace:
     Args:
         budget: Time or epochs.
         num_samples: Samples in one epoch.
+        decide: Makes of the number of epochs that fit here what all ranks go by.
     """
 
-    def __init__(self, budget: BudgetConfig, num_samples: int) -> None:
+    def __init__(
+        self, budget: BudgetConfig, num_samples: int, *, decide: Callable[[int], int] = lambda epochs: epochs
+    ) -> None:
         self._budget = budget
         self._num_samples = num_samples
+        self._decide = decide
         self._started = self._clock_from = time.perf_counter()
         self._steps = self._clocked = 0
         self.samples = 0
@@ -57,8 +62,10 @@ class Pace:
 
     def plan(self, *, done: int) -> None:
         """Fit the number of epochs to the rate measured so far."""
-        self.epochs = self._budget.epochs(
-            self._num_samples, done=done, elapsed_seconds=self.elapsed_seconds, samples_per_second=self.rate
+        self.epochs = self._decide(
+            self._budget.epochs(
+                self._num_samples, done=done, elapsed_seconds=self.elapsed_seconds, samples_per_second=self.rate
+            )
         )
 
     def resume(self, *, samples: int, epochs: int, progress: float, elapsed_seconds: float) -> None:

@@ -15,6 +15,12 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+def seed_rank(number: int, *, rank: int, step: int) -> None:
+    """Seed the generators of a rank other than the first: its own numbers, and others than before a restart."""
+    words = np.random.SeedSequence([number, rank, step]).generate_state(2)
+    seed(int(words[0]) << 32 | int(words[1]))
+
+
 def tensors() -> dict[str, Tensor]:
     """Return the states of torch's generators: ``cpu`` and, where torch has drawn on GPUs, ``cuda0`` and so on."""
     states = {"cpu": torch.get_rng_state()}

@@ -1,18 +1,20 @@
 """What a run reads: its splits as the streamer describes them, and their batches."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
 
 from streamer.client import DatasetInfo, Plan, SampleClient, SplitInfo
-from streamer.loading import StreamedDataset, TensorBatch
+from streamer.loading import Origin, StreamedDataset, TensorBatch
 from training.config import DataConfig, TrainConfig
 from training.errors import ConfigError, TrainingError
 from training.model import IMAGE_SIZE
+from training.ranks import ALONE, Ranks
 
 _EVALUATION_BATCH_SIZE = 500
 _CONNECT_SECONDS = 30.0
@@ -48,14 +50,24 @@ def batches_of(config: DataConfig, split: SplitInfo) -> StreamedDataset:
 
 
 class Reading:
-    """The training split, pass by pass, and the last batch that a step was taken with."""
+    """
+    The training split, pass by pass, and the last batch that a step was taken with.
 
-    def __init__(self, config: TrainConfig, split: SplitInfo, ledger: Path | None) -> None:
+    Args:
+        config: The whole run.
+        split: What is trained on.
+        ledger: Of the first rank; those of others have their number at its end.
+        ranks: That share each batch.
+    """
+
+    def __init__(self, config: TrainConfig, split: SplitInfo, ledger: Path | None, ranks: Ranks = ALONE) -> None:
         plan = Plan(
             dataset=config.data.dataset,
             split=split.name,
             seed=config.seed,
-            batch_size=config.data.batch_size,
+            world_size=ranks.size,
+            rank=ranks.rank,
+            batch_size=ranks.share_of(config.data.batch_size),
             transform=config.augmentation,
             fingerprint=split.fingerprint,
         )
@@ -63,13 +75,20 @@ class Reading:
             config.data.streamer,
             plan,
             distributed=False,
-            ledger=ledger,
+            ledger=ledger_of(ledger, ranks),
             step=0,
             prefetch_batches=config.data.prefetch_batches,
         )
         self.last: TensorBatch
         """What the last step was taken with."""
+        self._plan = plan
+        self._num_samples = split.num_samples
         self._augmentation = config.augmentation
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last batch was the last of its epoch, on whichever rank it came."""
+        return self.last.next_position >= self._num_samples
 
     def __enter__(self) -> Self:
         return self
@@ -81,17 +100,35 @@ class Reading:
 
     def epoch(self, epoch: int) -> Iterator[TensorBatch]:
         """
-        Yield the batches of an epoch, or what is left of it after ``load_state``.
+        Yield the batches of an epoch, or what is left of it after ``load_state``; as many on each rank.
 
         Raises:
             ConfigError: The augmentation makes images that the network does not take.
             streamer.errors.StreamerError: The stream broke for good.
         """
         self.dataset.set_epoch(epoch)
+        state = self.dataset.state()
+        start = position = state["position"] if state["epoch"] == epoch else 0
         for batch in self.dataset:
             self._check(batch)
             self.last = batch
+            position = batch.next_position
             yield batch
+        if position < self._num_samples:
+            self.last = self._nothing(epoch, start, position)
+            yield self.last
+
+    def _nothing(self, epoch: int, start: int, position: int) -> TensorBatch:
+        """Return the share of a rank that there is no sample left for: the others' last step is its own, too."""
+        return TensorBatch(
+            images=torch.empty((0, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8),
+            labels=torch.empty(0, dtype=torch.int64),
+            indices=np.empty(0, np.int64),
+            position=position,
+            next_position=self._num_samples,
+            end_of_epoch=True,
+            origin=Origin(plan=replace(self._plan, epoch=epoch), num_samples=self._num_samples, start_position=start),
+        )
 
     def _check(self, batch: TensorBatch) -> None:
         images = batch.images
@@ -100,6 +137,11 @@ class Reading:
                 f"augmentation = {self._augmentation}: makes {str(images.dtype).removeprefix('torch.')} images of "
                 f"{tuple(images.shape[1:])}; the network takes uint8 of ({IMAGE_SIZE}, {IMAGE_SIZE}) and scales itself"
             )
+
+
+def ledger_of(ledger: Path | None, ranks: Ranks) -> Path | None:
+    """Return where a rank proves what it was given: the first one in the file itself, others beside it."""
+    return ledger if ledger is None or ranks.is_first else ledger.with_name(f"{ledger.name}.rank{ranks.rank}")
 
 
 async def describe(config: DataConfig) -> Data:
@@ -136,5 +178,7 @@ def _check_shape(dataset: str, split: SplitInfo) -> None:
     if tuple(split.image_shape) != (IMAGE_SIZE, IMAGE_SIZE):
         raise TrainingError(
             f"dataset {dataset!r}, split {split.name}: images are {split.image_shape}, "
-            f"the network takes ({IMAGE_SIZE}, {IMAGE_SIZE})"
+            f"the network takes ({IMAGE_SIZE}, {IMAGE_SIZE}): PLACE:stretch instead of PLACE scales them"
         )
+    if split.num_classes < 2:
+        raise TrainingError(f"dataset {dataset!r}: has one class; at least two are needed")

@@ -25,14 +25,15 @@ from training.folders import CHECKPOINTS, RESULT, alone, new_folder
 from training.journal import Journal
 from training.loop import Loop, Step
 from training.model import Network, fold
+from training.ranks import ALONE, Ranks
 from training.reading import Data, Reading, batches_of, describe
 from training.release import candidate
 from training.release.export import Export
 from training.release.precision import Choice
 from training.release.publish import Card, prepare, publish_draft
-from training.snapshot import parts_of, restore
+from training.snapshot import from_first, parts_of, restore
 
-__all__ = ["CHECKPOINTS", "Data", "Learnt", "Observer", "Result", "Stopping", "batches_of", "learn", "train"]
+__all__ = ["CHECKPOINTS", "Data", "Learnt", "Observer", "Result", "Stopping", "assist", "batches_of", "learn", "train"]
 
 Stopping = AbstractContextManager[Callable[[], int | None]]
 """Held while steps are taken; gives what tells the number of the signal that asked to stop, None for none yet."""
@@ -52,6 +53,18 @@ class Observer(Protocol):
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """The test split was gone through."""
+
+
+class _Nobody:
+    """Who looks at ranks other than the first."""
+
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None: ...
+
+    def stepped(self, step: Step, num_samples: int) -> None: ...
+
+    def validated(self, step: Step, evaluation: Evaluation) -> None: ...
+
+    def evaluated(self, evaluation: Evaluation) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +108,13 @@ def train(
     precision: Choice = "float32",
     force: bool = False,
     report: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Result:
     """
     Train on the stream, calibrate, evaluate on the test split, write the report, publish the next version.
 
-    It is one process: RANK and WORLD_SIZE in the environment are another's.
+    It is one process, whatever RANK and WORLD_SIZE say, unless ``ranks`` are given: then it is the first one of them,
+    while the others are in :func:`assist`, and alone again once the training is over.
 
     Interrupting it (KeyboardInterrupt) closes the stream and publishes nothing; it goes on from its last checkpoint.
 
@@ -115,6 +130,7 @@ def train(
         precision: Of the version: see :func:`training.release.export.export`.
         force: Publish also what is worse than the current version.
         report: Told where a run goes on, and which checkpoints are damaged, in lines.
+        ranks: That train together.
 
     Raises:
         StoppedError: ``stopping`` said so; the state is kept.
@@ -124,7 +140,8 @@ def train(
     """
     prepare(repository, config.name)
     folder = resume or new_folder(runs, config)
-    learnt = learn(config, folder, observer=observer, ledger=ledger, stopping=stopping, report=report)
+    learnt = learn(config, folder, observer=observer, ledger=ledger, stopping=stopping, report=report, ranks=ranks)
+    ranks.leave()
     draft, assessment = candidate.draft(
         learnt.network, learnt.data, config.data, name=config.name, source=folder, precision=precision
     )
@@ -151,6 +168,7 @@ def learn(
     ledger: Path | None = None,
     stopping: Stopping | None = None,
     report: Callable[[str], None] = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Learnt:
     """
     Train on the stream and choose the best epoch on the validation split; what a search does with each of its trials.
@@ -162,39 +180,84 @@ def learn(
         ledger: As for :func:`train`.
         stopping: As for :func:`train`.
         report: As for :func:`train`.
+        ranks: As for :func:`train`.
 
     Raises:
         StoppedError, TrainingError, streamer.errors.StreamerError: As :func:`train`.
     """
+    training = _trained(config, folder, observer, ledger, stopping, report, ranks)
+    best = checkpoint.load(folder)
+    return Learnt(
+        network=fold(best.network).to(training.loop.device),
+        last=training.loop.last,
+        data=training.data,
+        validation_accuracy=best.state.validation.get("accuracy"),
+        stalls=training.stalls,
+    )
+
+
+def assist(config: TrainConfig, ranks: Ranks, *, ledger: Path | None = None, stopping: Stopping | None = None) -> None:
+    """
+    Take a rank's share in what the first one does in :func:`train` or :func:`learn`, and return when that has learnt.
+
+    It writes nothing but its ledger.
+
+    Args:
+        config: The first rank's.
+        ranks: That train together.
+        ledger: The first rank's: this one's has its number at the end of the name.
+        stopping: Asked after each step; one rank that is to stop stops all.
+
+    Raises:
+        StoppedError: A rank was asked to stop; the first one has kept the state.
+        TrainingError, streamer.errors.StreamerError: As :func:`train`.
+    """
+    _trained(config, Path(), _Nobody(), ledger, stopping, lambda _: None, ranks)
+    ranks.leave()
+
+
+def _trained(
+    config: TrainConfig,
+    folder: Path,
+    observer: Observer,
+    ledger: Path | None,
+    stopping: Stopping | None,
+    report: Callable[[str], None],
+    ranks: Ranks,
+) -> "_Training":
+    """Train until the budget is used up, on all ranks."""
     if config.deterministic:
         make_deterministic()
     randomness.seed(config.seed)
     device = device_of_choice()
-    data = asyncio.run(describe(config.data))
+    data = ranks.from_first(lambda: asyncio.run(describe(config.data)))
+    folder = ranks.from_first(lambda: folder)
     model = config.model
     network = Network(data.train.num_classes, dropout=model.dropout, batch_norm=model.batch_norm).to(device)
-    loop = Loop(network, config, num_samples=data.train.num_samples)
-    with alone(folder), Reading(config, data.train, ledger) as reading:
-        training = _Training(config, folder, loop, reading, data, observer)
-        if checkpoint.is_any(folder / CHECKPOINTS):
-            saved = checkpoint.newest(folder / CHECKPOINTS)
+    loop = Loop(network, config, num_samples=data.train.num_samples, ranks=ranks)
+    with alone(folder) if ranks.is_first else nullcontext(), Reading(config, data.train, ledger, ranks) as reading:
+        training = _Training(config, folder, loop, reading, data, observer, ranks)
+        saved = from_first(ranks, folder / CHECKPOINTS)
+        if saved is not None:
             training.resume(saved)
             for line in (*saved.complaints, f"going on with {folder} after step {loop.number}"):
                 report(line)
-        else:
+        elif ranks.is_first:
             described = environment.describe(seed=config.seed, fingerprints=data.fingerprints, device=device)
-            folders.describe(folder, config, described)
+            folders.describe(folder, config, described | {"ranks": ranks.size})
+        _say_sharing(config, ranks, report)
+        if not ranks.is_first:
+            # Until here all were to have the same weights; from here on each drops activations of its own.
+            randomness.seed_rank(config.seed, rank=ranks.rank, step=loop.number)
         observer.started(config, data.train, device)
         training.run(stopping or nullcontext(lambda: None))
-        stalls = reading.dataset.report()
-    best = checkpoint.load(folder)
-    return Learnt(
-        network=fold(best.network).to(device),
-        last=loop.last,
-        data=data,
-        validation_accuracy=best.state.validation.get("accuracy"),
-        stalls=stalls,
-    )
+    return training
+
+
+def _say_sharing(config: TrainConfig, ranks: Ranks, report: Callable[[str], None]) -> None:
+    each, size = ranks.share_of(config.data.batch_size), config.data.batch_size
+    if each * ranks.size != size:
+        report(f"data.batch_size = {size}: {ranks.size} ranks cannot share it evenly; a step takes {each * ranks.size}")
 
 
 class _Training:
@@ -208,51 +271,63 @@ class _Training:
         reading: Reading,
         data: Data,
         observer: Observer,
+        ranks: Ranks,
     ) -> None:
+        self.loop = loop
+        self.data = data
         self._config = config
         self._folder = folder
-        self._loop = loop
         self._reading = reading
-        self._data = data
         self._observer = observer
+        self._ranks = ranks
         self._best_accuracy: float | None = None
         # Of an epoch that is better than all before it, until it is kept.
         self._best: tuple[dict[str, Tensor], State] | None = None
         self._kept_at = time.monotonic()
 
+    @property
+    def stalls(self) -> StallReport:
+        """What the training has waited for."""
+        return self._reading.dataset.report()
+
     def resume(self, saved: Saved) -> None:
-        restore(self._loop, saved)
+        restore(self.loop, saved)
         self._reading.dataset.load_state(saved.state.data)
         self._best_accuracy = saved.state.best_accuracy
 
     def run(self, stopping: Stopping) -> None:
-        loop = self._loop
-        with Journal(self._folder, step=loop.number) as journal, stopping as asked:
+        loop = self.loop
+        with self._journal() as journal, stopping as asked:
             while loop.epoch < loop.epochs:
                 for step in loop.steps(self._reading.epoch(loop.epoch)):
-                    self._observer.stepped(step, self._data.train.num_samples)
-                    if step.number % self._config.log_steps == 0:
+                    self._observer.stepped(step, self.data.train.num_samples)
+                    if journal is not None and step.number % self._config.log_steps == 0:
                         journal.stepped(step)
+                    signal, is_due = self._ranks.agree(asked(), is_due=self._is_due())
                     # An epoch's last step is kept with what the epoch came to.
-                    signal = asked()
-                    if not self._reading.last.end_of_epoch and (signal is not None or self._is_due()):
+                    if not self._reading.is_over and (signal is not None or is_due):
                         self._keep({}, is_best=False)
                         self._stop_if(signal)
                 loop.end_epoch()
                 self._end_epoch(journal, asked)
 
-    def _end_epoch(self, journal: Journal, asked: Callable[[], int | None]) -> None:
-        loop, every = self._loop, self._config.checkpoint.epochs
-        measured = {} if self._data.validation is None else self._validate(journal, self._data.validation)
-        signal = asked()
+    def _journal(self) -> AbstractContextManager[Journal | None]:
+        """Return where figures are noted, by one rank for all."""
+        return Journal(self._folder, step=self.loop.number) if self._ranks.is_first else nullcontext()
+
+    def _end_epoch(self, journal: Journal | None, asked: Callable[[], int | None]) -> None:
+        loop, every, split = self.loop, self._config.checkpoint.epochs, self.data.validation
+        # The other ranks wait for what comes of it.
+        measured = {} if journal is None or split is None else self._validate(journal, split)
+        signal, is_due = self._ranks.agree(asked(), is_due=self._is_due(), now=True)
         is_turn = every is not None and loop.epoch % every == 0
-        if signal is not None or is_turn or self._is_due() or loop.epoch >= loop.epochs:
-            self._keep(measured, is_best=self._data.validation is None)
+        if signal is not None or is_turn or is_due or loop.epoch >= loop.epochs:
+            self._keep(measured, is_best=split is None)
         self._stop_if(signal)
 
     def _validate(self, journal: Journal, split: SplitInfo) -> dict[str, float]:
         """Measure an epoch, and hold what it came to in memory where it is the best; of equals the later one."""
-        loop = self._loop
+        loop = self.loop
         evaluation = evaluate(loop.result, batches_of(self._config.data, split), num_classes=split.num_classes)
         journal.validated(loop.last, loss=evaluation.loss, accuracy=evaluation.accuracy)
         self._observer.validated(loop.last, evaluation)
@@ -267,27 +342,34 @@ class _Training:
         return time.monotonic() - self._kept_at >= self._config.checkpoint.seconds
 
     def _keep(self, validation: dict[str, float], *, is_best: bool) -> None:
-        loop, dataset, checkpoints = self._loop, self._reading.dataset, self._folder / CHECKPOINTS
-        loop.read()  # nothing of a step that failed is kept
+        self.loop.read()  # nothing of a step that failed is kept
+        with self._reading.dataset.committing(self._reading.last, step=self.loop.number):
+            # All ledgers say what is about to be kept before it is, and then that it was.
+            self._ranks.wait()
+            if self._ranks.is_first:
+                self._write(validation, is_best=is_best)
+            self._ranks.wait()
+        self._kept_at = time.monotonic()
+
+    def _write(self, validation: dict[str, float], *, is_best: bool) -> None:
+        loop, checkpoints = self.loop, self._folder / CHECKPOINTS
         if self._best is not None:
             weights, state = self._best
             is_best = state.step == loop.number
             if not is_best:
                 checkpoint.keep_best(checkpoints, weights, state)
-        with dataset.committing(self._reading.last, step=loop.number):
-            state = self._state(validation, data=dataset.state(), random=randomness.values())
-            checkpoint.keep(checkpoints, parts_of(loop), state, is_best=is_best)
+        state = self._state(validation, data=self._reading.dataset.state(), random=randomness.values())
+        checkpoint.keep(checkpoints, parts_of(loop), state, is_best=is_best)
         self._best = None
-        self._kept_at = time.monotonic()
 
     def _state(self, validation: dict[str, float], **others: Any) -> State:
         return State(
             config=self._config,
-            num_classes=self._data.train.num_classes,
-            step=self._loop.number,
-            epoch=self._loop.epoch,
-            fingerprint=self._data.train.fingerprint.hex(),
-            loop=self._loop.position(),
+            num_classes=self.data.train.num_classes,
+            step=self.loop.number,
+            epoch=self.loop.epoch,
+            fingerprint=self.data.train.fingerprint.hex(),
+            loop=self.loop.position(),
             validation=validation,
             best_accuracy=self._best_accuracy,
             **others,
@@ -295,4 +377,4 @@ class _Training:
 
     def _stop_if(self, signal: int | None) -> None:
         if signal is not None:
-            raise StoppedError(self._loop.number, signal, self._folder)
+            raise StoppedError(self.loop.number, signal, self._folder)

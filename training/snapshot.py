@@ -1,12 +1,15 @@
 """All tensors of a run between two steps, for its checkpoint, and back."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
-from training import randomness
+from training import checkpoint, randomness
 from training.checkpoint import Parts, Saved
 from training.errors import CheckpointError
 from training.loop import Loop
+from training.ranks import Ranks
 
 
 def parts_of(loop: Loop) -> Parts:
@@ -20,6 +23,21 @@ def parts_of(loop: Loop) -> Parts:
     if loop.average is not None:
         parts["average"] = loop.average.network.state_dict()
     return parts
+
+
+def from_first(ranks: Ranks, checkpoints: Path) -> Saved | None:
+    """
+    Return the newest checkpoint that the first rank finds; the others need not see its disk. None: there is none.
+
+    Raises:
+        CheckpointError: All there are are damaged.
+    """
+    saved = checkpoint.newest(checkpoints) if ranks.is_first and checkpoint.is_any(checkpoints) else None
+    found = ranks.from_first(lambda: None if saved is None else (saved.folder, saved.state, saved.complaints))
+    if found is None:
+        return None
+    folder, state, complaints = found
+    return Saved(folder, state, ranks.tensors_from_first({} if saved is None else saved.parts), complaints)
 
 
 def restore(loop: Loop, saved: Saved) -> None:

@@ -88,7 +88,8 @@ def train(
     except StoppedError as stopped:
         say(str(stopped))
         raise typer.Exit(128 + stopped.signal) from stopped
-    print(json.dumps(result.as_json()) if as_json else result.as_text())
+    if result is not None:  # else another rank tells
+        print(json.dumps(result.as_json()) if as_json else result.as_text())
 
 
 def evaluate(

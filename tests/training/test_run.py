@@ -47,6 +47,8 @@ def test_run_leaves_a_checkpoint_and_a_published_version(tmp_path: Path, streame
     assert (tmp_path / "models" / "mnist" / "1" / "model.pt").is_file()
     assert result.card.dataset.num_train == 40
     assert result.card.metrics["accuracy"] == result.evaluation.accuracy
+    # Images of one grey: the border would turn them, and centring would leave nothing of them.
+    assert (result.card.polarity, result.card.framing) == ("light_on_dark", "stretch")
     assert (kept.state.step, kept.state.epoch) == (6, 2)
     assert [step.samples for step in observer.steps] == [16, 32, 40, 56, 72, 80]
     assert (kept.state.data["epoch"], kept.state.data["position"], kept.state.data["step"]) == (2, 0, 6)
