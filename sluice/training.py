@@ -2,7 +2,8 @@
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,7 @@ from training.loop import Step
 from training.ranks import Ranks, gathered
 from training.recipes import DEFAULT_RECIPE
 from training.release.precision import Choice
-from training.run import Result, assist, train
+from training.run import Observer, Result, assist, train
 
 _RUNS = Path("runs")
 _OPTION_OF = {
@@ -63,6 +64,8 @@ class TrainOptions:
     """Of the version that is published."""
     force: bool = False
     """Publish also what is worse than the current version."""
+    mlflow: str | None = None
+    """Where MLflow keeps the run: its URI, or ``local`` for a file; None: nowhere."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,12 +174,12 @@ def _lead(
 ) -> Outcome:
     repository = load(TritonSettings).model_repository
     report(f"asking the streamer at {config.data.streamer}")
-    with ProgressView() as view:
+    with ProgressView() as view, _tracked(view, options.mlflow) as (observer, complaint):
         result = train(
             config,
             repository=repository,
             runs=_RUNS,
-            observer=view,
+            observer=observer,
             ledger=options.ledger,
             resume=resume,
             stopping=asked_to_stop(report),
@@ -185,11 +188,25 @@ def _lead(
             report=report,
             ranks=ranks,
         )
+    if complaint():
+        report(complaint())
     report(str(result.stalls))
     explain(result.exported, report)
     report(f"published {repository / result.card.model / str(result.card.version)}")
     loaded_by = asyncio.run(deploy(repository, result.card, options.triton, report)) if options.load else None
     return Outcome(result=result, loaded_by=loaded_by)
+
+
+@contextmanager
+def _tracked(view: Observer, uri: str | None) -> Iterator[tuple[Observer, Callable[[], str]]]:
+    """Give who hears of the run, and what MLflow lacks in the end; MLflow is imported for those who ask for it."""
+    if uri is None:
+        yield view, str
+        return
+    from training.tracking import LOCAL, TrackedObserver
+
+    with TrackedObserver(view, LOCAL if uri == "local" else uri) as tracked:
+        yield tracked, lambda: tracked.complaint
 
 
 def _config_and_folder(options: TrainOptions) -> tuple[TrainConfig, Path | None]:
@@ -239,7 +256,7 @@ class ProgressView:
     ) -> None:
         self._progress.stop()
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None:
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None:
         """Say what is trained on what."""
         self._print(
             f"training {config.name} on {split.num_samples} samples of {config.data.dataset} "

@@ -2,12 +2,24 @@
 
 from collections.abc import Callable
 
-from training.config import BudgetConfig, TrainConfig
+from training.config import BudgetConfig, DataConfig, EmaConfig, ModelConfig, OptimConfig, TrainConfig
 
 
 def mnist() -> TrainConfig:
-    """Train about three minutes on two cores; at least one epoch of full MNIST, eight of the small set."""
-    return TrainConfig()
+    """
+    Train for accuracy: twenty epochs, about 20 minutes of full MNIST on two quiet cores, two of the small set.
+
+    What a network of this kind is taught with since He et al. (2015, arXiv 1512.03385) and Smith & Topin (2018): SGD
+    with momentum in one cycle, batch norm; and what Simard et al. (2003) found for handwriting: elastic distortions.
+    """
+    return TrainConfig(
+        data=DataConfig(batch_size=256, train_split="train[:95%]", validation_split="train[95%:]"),
+        model=ModelConfig(batch_norm=True, dropout=0.4),
+        optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.05),
+        ema=EmaConfig(decay=0.999),
+        augmentation="augment-v1(rotate=12,shift=2,scale=12,shear=8,elastic=1.2)",
+        budget=BudgetConfig(seconds=None, max_epochs=20),
+    )
 
 
 def smoke() -> TrainConfig:

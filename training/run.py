@@ -42,8 +42,8 @@ Stopping = AbstractContextManager[Callable[[], int | None]]
 class Observer(Protocol):
     """Who wants to see a run as it goes."""
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None:
-        """The data is known and the network made."""
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None:
+        """The data is known, the network made, and the run described in its folder."""
 
     def stepped(self, step: Step, num_samples: int) -> None:
         """One optimizer step was taken; ``num_samples`` are in one epoch."""
@@ -58,7 +58,7 @@ class Observer(Protocol):
 class _Nobody:
     """Who looks at ranks other than the first."""
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None: ...
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None: ...
 
     def stepped(self, step: Step, num_samples: int) -> None: ...
 
@@ -249,7 +249,7 @@ def _trained(
         if not ranks.is_first:
             # Until here all were to have the same weights; from here on each drops activations of its own.
             randomness.seed_rank(config.seed, rank=ranks.rank, step=loop.number)
-        observer.started(config, data.train, device)
+        observer.started(config, data.train, device, folder)
         training.run(stopping or nullcontext(lambda: None))
     return training
 

@@ -18,7 +18,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Exactly this many epochs, however long they take.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time to fill with whole epochs: at least 40,000 samples, at most 25 epochs [3]."),
+        typer.Option(
+            help="Time to fill with whole epochs: at least 40,000 samples, at most the recipe's epochs."
+        ),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     assignments: Annotated[
@@ -50,6 +52,13 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Publish also what is worse than the current version.")
     ] = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[local|URI]",
+            help="Keep the run in MLflow, too: in mlflow.db here, or at http://HOST:PORT or the like.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """
@@ -79,6 +88,7 @@ def train(
         resume=resume,
         precision=precision,
         force=force,
+        mlflow=mlflow,
     )
     if print_config:
         print(as_yaml(configure(options)), end="")

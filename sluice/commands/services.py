@@ -28,7 +28,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seeds weights and the order of the samples.")] = 0,
     minutes: Annotated[
         float,
-        typer.Option(min=0.1, help="Time to fill with whole epochs: at least 40,000 samples, at most 25 epochs."),
+        typer.Option(min=0.1, help="Time to fill with whole epochs: at least 40,000 samples, at most 20 epochs."),
     ] = 3.0,
 ) -> None:
     """Train on the stream, serve, classify real digits; ends by itself. SLUICE_DATA=FOLDER takes MNIST from there."""

@@ -53,7 +53,7 @@ class Mortal:
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None: ...
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None: ...
 
     def stepped(self, step: Step, num_samples: int) -> None:
         if step.number == self._step:

@@ -22,7 +22,7 @@ class Silent:
     def __init__(self) -> None:
         self.steps: list[Step] = []
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None: ...
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None: ...
 
     def stepped(self, step: Step, num_samples: int) -> None:
         self.steps.append(step)

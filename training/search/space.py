@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, ValidationError, model_validator
 
 from training.errors import SearchError
+from training.recipes import mnist
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -136,22 +137,24 @@ def parse(text: str) -> tuple[str, Range | Choices]:
 
 def default_space() -> Space:
     """
-    Return what is worth trying for any images and the default recipe, AdamW's rate first of all.
+    Return what is worth trying for any images and the default recipe, the learning rate first of all.
 
-    The augmentations go from none to strong. None of them mirrors: a mirrored digit is no digit.
+    The augmentations go from none to strong. The last one mirrors, which is right for clothes and wrong for characters:
+    what the validation images say decides.
     """
     return Space(
         {
-            "optim.lr": Range(low=3e-4, high=6e-3, log=True),
-            "optim.weight_decay": Range(low=5e-3, high=0.5, log=True),
+            "optim.lr": Range(low=0.02, high=0.3, log=True),
+            "optim.weight_decay": Range(low=5e-5, high=5e-3, log=True),
             "optim.label_smoothing": Range(low=0.0, high=0.15),
             "model.dropout": Range(low=0.1, high=0.6),
             "augmentation": Choices(
                 choices=(
                     "",
                     "augment-v1(rotate=5,shift=1,scale=5,shear=3)",
-                    "augment-v1",
-                    "augment-v1(elastic=1.5,cutout=8)",
+                    mnist().augmentation,
+                    "augment-v1(rotate=15,scale=15,shear=10,elastic=2,cutout=8)",
+                    "mirror|augment-v1(rotate=5,shift=2,scale=8,shear=3)",
                 )
             ),
         }

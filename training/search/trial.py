@@ -98,7 +98,7 @@ def run_trial(values: dict[str, Value], *, search: str, folder: str, streamer: s
 class _Reporter:
     """Tells Ray what each epoch came to."""
 
-    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device) -> None:
+    def started(self, config: TrainConfig, split: SplitInfo, device: torch.device, folder: Path) -> None:
         """Nothing to tell."""
 
     def stepped(self, step: Step, num_samples: int) -> None:

@@ -83,6 +83,7 @@ def test_command_can_be_given_to_a_shell() -> None:
 
     assert line == (
         "sluice train --recipe mnist --epochs 8 --streamer far:1 --set name=shoes --set data.dataset=shoes "
+        "--set 'data.train_split=train[:90%]' --set 'data.validation_split=train[90%:]' "
         "--set optim.name=adamw --set optim.lr=0.0012346 --set 'augmentation=augment-v1(rotate=5)'"
     )
 

@@ -5,7 +5,8 @@ from pydantic import ValidationError
 
 from training.config import TrainConfig
 from training.errors import SearchError
-from training.overrides import overridden
+from training.overrides import overridden, recipe
+from training.recipes import DEFAULT_RECIPE
 from training.search.space import Choices, Range, Space, default_space, parse
 
 
@@ -55,8 +56,8 @@ def test_every_value_of_the_default_space_is_allowed() -> None:
         overridden(TrainConfig(), {name: value})
 
 
-def test_default_space_holds_the_default_config() -> None:
-    config = TrainConfig()
+def test_default_space_holds_the_default_recipe() -> None:
+    config = recipe(DEFAULT_RECIPE)
 
     assert default_space().root["optim.lr"].holds(config.optim.lr)
     assert default_space().root["augmentation"].holds(config.augmentation)

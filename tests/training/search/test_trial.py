@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from training.errors import SearchError
+from training.recipes import mnist
 from training.search.logbook import Search, parse
 from training.search.trial import check, configure, starting_point
 
@@ -39,5 +40,5 @@ def test_search_starts_from_its_recipe() -> None:
     start = starting_point(search(fixed={"model.batch_norm": True}))
 
     assert start is not None
-    assert (start["optim.lr"], start["augmentation"]) == (1.5e-3, "")
+    assert (start["optim.lr"], start["augmentation"]) == (mnist().optim.lr, mnist().augmentation)
     assert starting_point(search(space={"optim.lr": {"low": 1e-5, "high": 1e-4}})) is None
