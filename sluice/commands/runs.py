@@ -18,9 +18,7 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Exactly this many epochs, however long they take.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(
-            help="Time to fill with whole epochs: at least 40,000 samples, at most the recipe's epochs."
-        ),
+        typer.Option(help="Time to fill with whole epochs: at least 40,000 samples, at most the recipe's epochs."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     assignments: Annotated[
