@@ -6,6 +6,7 @@ plain loop is what one would write without further thought: float32, torch's own
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 
@@ -16,8 +17,7 @@ from torch.nn import functional as F
 from benchmarks.interleaved import Spread
 from benchmarks.report import RATES, RESULTS, numbers, surroundings, table
 from streamer.client import Plan
-from streamer.loading import TensorBatch
-from streamer.reading.recording import Origin
+from streamer.loading import Origin, TensorBatch
 from training.config import TrainConfig
 from training.devices import device_of_choice
 from training.loop import Loop
@@ -73,7 +73,9 @@ def plain(config: TrainConfig, batch: TensorBatch) -> Callable[[], None]:
     """Return the step of a loop as one would write it without further thought."""
     network, optim = network_of(config, batch), config.optim
     optimizer = (
-        torch.optim.SGD(network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        torch.optim.SGD(
+            network.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay, nesterov=True
+        )
         if optim.name == "sgd"
         else torch.optim.AdamW(network.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     )
@@ -92,7 +94,7 @@ def plain(config: TrainConfig, batch: TensorBatch) -> Callable[[], None]:
 def ours(config: TrainConfig, batch: TensorBatch) -> Callable[[], None]:
     """Return the step of :class:`training.loop.Loop`, with the schedule, the average and the meters it comes with."""
     loop = Loop(network_of(config, batch), config, num_samples=60_000)
-    steps = loop.steps(batch for _ in iter(int, 1))
+    steps = loop.steps(itertools.repeat(batch))
 
     def step() -> None:
         next(steps)

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -163,10 +163,11 @@ def _assist(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
     try:
         assist(config, ranks, ledger=options.ledger, stopping=asked_to_stop(lambda _: None))
     # Both come to all ranks at the same step, and the first one tells.
-    except StoppedError as stopped:
-        sys.exit(128 + stopped.signal)
-    except DivergedError:
-        sys.exit(1)
+    except (StoppedError, DivergedError) as ended:
+        # `torchrun` ends all as soon as one has ended: the first one is to say and keep what it has to.
+        with suppress(RuntimeError):
+            ranks.wait()
+        sys.exit(128 + ended.signal if isinstance(ended, StoppedError) else 1)
 
 
 def _lead(
@@ -174,7 +175,7 @@ def _lead(
 ) -> Outcome:
     repository = load(TritonSettings).model_repository
     report(f"asking the streamer at {config.data.streamer}")
-    with ProgressView() as view, _tracked(view, options.mlflow) as (observer, complaint):
+    with ProgressView() as view, _tracked(view, options.mlflow, report) as observer:
         result = train(
             config,
             repository=repository,
@@ -188,8 +189,6 @@ def _lead(
             report=report,
             ranks=ranks,
         )
-    if complaint():
-        report(complaint())
     report(str(result.stalls))
     explain(result.exported, report)
     report(f"published {repository / result.card.model / str(result.card.version)}")
@@ -198,15 +197,20 @@ def _lead(
 
 
 @contextmanager
-def _tracked(view: Observer, uri: str | None) -> Iterator[tuple[Observer, Callable[[], str]]]:
-    """Give who hears of the run, and what MLflow lacks in the end; MLflow is imported for those who ask for it."""
+def _tracked(view: Observer, uri: str | None, report: Callable[[str], None]) -> Iterator[Observer]:
+    """Give who hears of the run, and tell what MLflow lacks in the end; it is imported for those who ask for it."""
     if uri is None:
-        yield view, str
+        yield view
         return
     from training.tracking import LOCAL, TrackedObserver
 
-    with TrackedObserver(view, LOCAL if uri == "local" else uri) as tracked:
-        yield tracked, lambda: tracked.complaint
+    tracked = TrackedObserver(view, LOCAL if uri == "local" else uri)
+    try:
+        with tracked:
+            yield tracked
+    finally:
+        if tracked.complaint:
+            report(tracked.complaint)
 
 
 def _config_and_folder(options: TrainOptions) -> tuple[TrainConfig, Path | None]:

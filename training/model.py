@@ -87,7 +87,7 @@ def fold(network: Network) -> Network:
     weights = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("norm")}
     for place in ("1", "2_1", "2_2", "3_1", "3_2"):
         convolution, norm = getattr(network, f"conv{place}"), getattr(network, f"norm{place}")
-        if isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.Identity):
             plain = fuse_conv_bn_eval(copy.deepcopy(convolution).eval(), copy.deepcopy(norm).eval())
             weights |= {f"conv{place}.{name}": tensor for name, tensor in plain.state_dict().items()}
     folded.load_state_dict(weights)

@@ -11,11 +11,12 @@ def mnist() -> TrainConfig:
 
     What a network of this kind is taught with since He et al. (2015, arXiv 1512.03385) and Smith & Topin (2018): SGD
     with momentum in one cycle, batch norm; and what Simard et al. (2003) found for handwriting: elastic distortions.
+    Gradients are clipped for runs of few steps, which come to the peak of the rate too soon and would not recover.
     """
     return TrainConfig(
         data=DataConfig(batch_size=256, train_split="train[:95%]", validation_split="train[95%:]"),
         model=ModelConfig(batch_norm=True, dropout=0.4),
-        optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.05),
+        optim=OptimConfig(name="sgd", lr=0.1, weight_decay=5e-4, label_smoothing=0.05, clip_norm=2.0),
         ema=EmaConfig(decay=0.999),
         augmentation="augment-v1(rotate=12,shift=2,scale=12,shear=8,elastic=1.2)",
         budget=BudgetConfig(seconds=None, max_epochs=20),

@@ -17,7 +17,9 @@ import torch
 from streamer.client import SplitInfo
 from training.config import TrainConfig
 from training.errors import StoppedError, TrackingError
+from training.evaluation import record, report
 from training.evaluation.evaluate import Evaluation
+from training.folders import CONFIG, ENVIRONMENT, RESULT
 from training.loop import Step
 from training.run import Observer
 
@@ -27,7 +29,7 @@ LOCAL = "sqlite:///mlflow.db"
 FILE = "mlflow.json"
 # The defaults are made for servers that are being rolled: minutes in which a run would not begin.
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-_KEPT = ("config.json", "environment.json", "evaluation.json", "report.html", "result.json")
+_KEPT = (CONFIG, ENVIRONMENT, record.FILE, report.PAGE, RESULT)
 _CLOSE_SECONDS = 30.0
 _MAX_WAITING = 10_000
 _MAX_VALUE = 6000  # characters of a parameter or tag, in MLflow
@@ -55,17 +57,20 @@ class Tracking:
             mlflow: Any = importlib.import_module("mlflow")
             self._entities: Any = importlib.import_module("mlflow.entities")
         except ImportError as error:
-            raise TrackingError(f"--mlflow takes MLflow ({error}): pip install 'sluice[mlflow]'") from error
+            raise TrackingError(f"--mlflow takes MLflow ({error}): pip install '.[mlflow]' in the sources") from error
         self._uri, self._folder = uri, folder
         self._waiting: queue.Queue[Callable[[], object] | None] = queue.Queue(_MAX_WAITING)
         self._lost = 0
         self._problem = ""
         try:
             self._client: Any = mlflow.MlflowClient(uri)
-            self._run = self._known() or self._created(experiment)
+            known = self._known()
+            self._run = known or self._created(experiment)
             self._client.update_run(self._run, "RUNNING")
         except Exception as error:  # whatever its database or web client raises comes through
             raise TrackingError(f"--mlflow {uri}: {_first_line(error)}") from error
+        self.is_new = known is None
+        """Whether nothing of this run was there before."""
         (folder / FILE).write_text(json.dumps({"uri": uri, "run": self._run}) + "\n")
         self._sender = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._sender.start()
@@ -104,12 +109,17 @@ class Tracking:
         """Send what waits, for half a minute at most, and say how the run ended."""
         was_stopped = isinstance(error, StoppedError | KeyboardInterrupt)
         status = "FINISHED" if error is None else "KILLED" if was_stopped else "FAILED"
-        self._enqueue(lambda: self._client.set_terminated(self._run, status))
-        self._enqueue(None)
-        self._sender.join(_CLOSE_SECONDS)
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        try:
+            self._waiting.put(lambda: self._client.set_terminated(self._run, status), timeout=_CLOSE_SECONDS)
+            self._waiting.put(None, timeout=max(deadline - time.monotonic(), 0))
+        except queue.Full:
+            pass
+        else:
+            self._sender.join(max(deadline - time.monotonic(), 0))
         if self._sender.is_alive():
             self._lost += self._waiting.qsize()
-            self._problem = f"not all was taken within {_CLOSE_SECONDS:g} s"
+            self._problem = self._problem or f"not all was taken within {_CLOSE_SECONDS:g} s"
 
     def _known(self) -> str | None:
         """Return the id of the run that this folder has there already."""
@@ -124,7 +134,7 @@ class Tracking:
         number = self._client.create_experiment(experiment) if found is None else found.experiment_id
         return str(self._client.create_run(number, run_name=self._folder.name).info.run_id)
 
-    def _enqueue(self, call: Callable[[], object] | None) -> None:
+    def _enqueue(self, call: Callable[[], object]) -> None:
         try:
             self._waiting.put_nowait(call)
         except queue.Full:
@@ -181,8 +191,10 @@ class TrackedObserver:
         self._observer.started(config, split, device, folder)
         self._log_steps = config.log_steps
         self._tracking = Tracking(self._uri, folder, experiment=config.name)
-        described = json.loads((folder / "environment.json").read_text())
-        self._tracking.describe(config.model_dump(mode="json"), described)
+        # MLflow changes no parameter; what a run goes on with, such as another streamer, its own folder says.
+        if self._tracking.is_new:
+            described = json.loads((folder / ENVIRONMENT).read_text())
+            self._tracking.describe(config.model_dump(mode="json"), described)
 
     def stepped(self, step: Step, num_samples: int) -> None:
         """Note as often as the run's own journal does."""

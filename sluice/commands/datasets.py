@@ -32,7 +32,10 @@ def fetch(
 
 def pack(
     source: Annotated[
-        str, typer.Argument(help="Name of a known data set, or its folder (IDX files, images by class), or s3://...")
+        str,
+        typer.Argument(
+            help="Name of a known data set, or its folder (IDX files, images by class; FOLDER:stretch for 28x28), or s3://..."
+        ),
     ],
     out: Annotated[str, typer.Argument(help="New folder, or s3://bucket/prefix.")],
     name: Annotated[str, typer.Option(help="Name in the index; by default that of the source.")] = "",

@@ -23,7 +23,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     assignments: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config, as in optim.lr=0.001; repeatable."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of the config, as in optim.lr=0.05; repeatable."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with a recipe and fields, as --print-config writes it.")

@@ -21,7 +21,10 @@ def search(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Name as the streamer lists it [mnist].")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of a data set, which is then streamed for this search.")
+        Path | None,
+        typer.Option(
+            help="Folder of a data set, streamed for this search; FOLDER:center frames digits, else images are scaled whole."
+        ),
     ] = None,
     streamer: Annotated[
         str | None,
@@ -30,7 +33,9 @@ def search(
     name: Annotated[str | None, typer.Option(help="Of the search and of its model; by default the data set's.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Named run that every trial starts from [mnist].")] = None,
     trials: Annotated[int | None, typer.Option(help="Combinations to try [20].")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of a trial that is not stopped early [8].")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of a trial that is not stopped early [8, more where images are few].")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time with what there is.")] = None,
     vary: Annotated[
         list[str] | None,

@@ -160,7 +160,7 @@ def test_word_behind_a_folder_is_no_part_of_its_name(tmp_path: Path) -> None:
 
 def test_missing_ray_is_named_with_what_brings_it(monkeypatch: pytest.MonkeyPatch, tiny_mnist: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(SearchError, match=r"pip install 'sluice\[tune\]'"):
+    with pytest.raises(SearchError, match=r"pip install '\.\[tune\]'"):
         begin(TuneOptions(data=tiny_mnist), cluster=None, report=print)
 
     assert not SEARCHES.exists()

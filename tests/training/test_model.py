@@ -81,12 +81,15 @@ def test_served_network_scales_bytes_to_the_unit_range(network: Network) -> None
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_folded_network_answers_alike_and_is_the_given_one(network: Network) -> None:
+@pytest.mark.parametrize("is_shared", [False, True], ids=["one process", "GPUs"])
+def test_folded_network_answers_alike_and_is_the_given_one(network: Network, is_shared: bool) -> None:
     torch.manual_seed(1)
     trained = Network(batch_norm=True, dropout=0.5)
+    if is_shared:
+        nn.SyncBatchNorm.convert_sync_batchnorm(trained)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     with torch.no_grad():
         for layer in trained.modules():
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, nn.BatchNorm2d | nn.SyncBatchNorm):
                 for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
                     assert tensor is not None
                     tensor.uniform_(0.5, 1.5)

@@ -64,11 +64,13 @@ def test_run_is_in_mlflow_with_config_figures_and_report(uri: str, folder: Path)
 def test_run_that_ends_early_says_so_and_goes_on_as_the_same(
     uri: str, folder: Path, error: Exception, status: str
 ) -> None:
-    with pytest.raises(type(error)), Tracking(uri, folder, experiment=status):
+    with pytest.raises(type(error)), Tracking(uri, folder, experiment=status) as tracking:
+        assert tracking.is_new
         raise error
     assert tracked(uri, status).info.status == status
 
-    with Tracking(uri, folder, experiment=status):
+    with Tracking(uri, folder, experiment=status) as tracking:
+        assert not tracking.is_new
         assert tracked(uri, status).info.status == "RUNNING"
     assert tracked(uri, status).info.status == "FINISHED"
 

@@ -71,4 +71,4 @@ def _imported(*, alone: bool) -> Any:
         importlib.import_module("optuna")
         return importlib.import_module("ray")
     except ImportError as error:
-        raise SearchError(f"a search needs Ray and Optuna ({error}): pip install 'sluice[tune]'") from error
+        raise SearchError(f"a search needs Ray and Optuna ({error}): pip install '.[tune]' in the sources") from error

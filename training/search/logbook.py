@@ -92,7 +92,7 @@ class Search(_Frozen):
     fixed: dict[str, Value] = {}
     """Fields that every trial has, by dotted name."""
     space: Space = Field(default_factory=default_space)
-    """Fields that are varied, by dotted name."""
+    """Fields that are varied, by dotted name; by default what suits the optimizer of recipe and ``fixed``."""
     budget: SearchBudget = SearchBudget()
     resources: Resources = Resources()
 
@@ -102,6 +102,17 @@ class Search(_Frozen):
         if recipe not in RECIPES:
             raise ValueError(f"no such recipe; known are {', '.join(sorted(RECIPES))}")
         return recipe
+
+    @model_validator(mode="before")
+    @classmethod
+    def _space_suits_the_optimizer(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "space" in values:
+            return values
+        fixed, recipe = values.get("fixed", {}), values.get("recipe", "mnist")
+        named = fixed.get("optim.name") if isinstance(fixed, Mapping) else None
+        if named not in ("adamw", "sgd"):
+            named = RECIPES[recipe]().optim.name if recipe in RECIPES else "sgd"
+        return {**values, "space": default_space(named)}
 
     @model_validator(mode="after")
     def _fields_are_free(self) -> Self:

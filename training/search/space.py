@@ -1,7 +1,7 @@
 """What a search may vary: ranges and choices under the dotted names of the config, such as ``optim.lr``."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, RootModel, Tag, ValidationError, model_validator
 
@@ -135,17 +135,24 @@ def parse(text: str) -> tuple[str, Range | Choices]:
         raise SearchError(f"--vary {text}: {error}") from error
 
 
-def default_space() -> Space:
+def default_space(optimizer: Literal["adamw", "sgd"] = "sgd") -> Space:
     """
-    Return what is worth trying for any images and the default recipe, the learning rate first of all.
+    Return what is worth trying for any images, the learning rate first of all.
 
     The augmentations go from none to strong. The last one mirrors, which is right for clothes and wrong for characters:
     what the validation images say decides.
+
+    Args:
+        optimizer: Whose rates and decays to try; they are of other orders of magnitude.
     """
+    lr, weight_decay = {
+        "adamw": (Range(low=3e-4, high=6e-3, log=True), Range(low=5e-3, high=0.5, log=True)),
+        "sgd": (Range(low=0.02, high=0.3, log=True), Range(low=5e-5, high=5e-3, log=True)),
+    }[optimizer]
     return Space(
         {
-            "optim.lr": Range(low=0.02, high=0.3, log=True),
-            "optim.weight_decay": Range(low=5e-5, high=5e-3, log=True),
+            "optim.lr": lr,
+            "optim.weight_decay": weight_decay,
             "optim.label_smoothing": Range(low=0.0, high=0.15),
             "model.dropout": Range(low=0.1, high=0.6),
             "augmentation": Choices(

@@ -5,6 +5,7 @@ import pytest
 from training.errors import SearchError
 from training.recipes import mnist
 from training.search.logbook import Search, parse
+from training.search.space import Range
 from training.search.trial import check, configure, starting_point
 
 
@@ -42,3 +43,11 @@ def test_search_starts_from_its_recipe() -> None:
     assert start is not None
     assert (start["optim.lr"], start["augmentation"]) == (mnist().optim.lr, mnist().augmentation)
     assert starting_point(search(space={"optim.lr": {"low": 1e-5, "high": 1e-4}})) is None
+
+
+def test_space_is_of_the_recipes_optimizer_or_the_one_that_is_fixed() -> None:
+    for recipe, fixed in (("mnist", {}), ("mnist", {"optim.name": "adamw"}), ("smoke", {})):
+        rates = search(recipe=recipe, fixed=fixed).space.root["optim.lr"]
+
+        assert isinstance(rates, Range)
+        assert (rates.high < 0.02) == (recipe == "smoke" or bool(fixed))
