@@ -34,7 +34,8 @@ def pack(
     source: Annotated[
         str,
         typer.Argument(
-            help="Name of a known data set, or its folder (IDX files, images by class; FOLDER:stretch for 28x28), or s3://..."
+            help="Name of a known data set, or its folder (IDX files, images by class), or s3://...; "
+            "FOLDER:stretch makes 28x28 of any images."
         ),
     ],
     out: Annotated[str, typer.Argument(help="New folder, or s3://bucket/prefix.")],

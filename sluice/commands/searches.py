@@ -23,7 +23,8 @@ def search(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of a data set, streamed for this search; FOLDER:center frames digits, else images are scaled whole."
+            help="Folder of a data set, streamed for this search; FOLDER:center frames digits, else all of an image is "
+            "scaled."
         ),
     ] = None,
     streamer: Annotated[
@@ -34,7 +35,7 @@ def search(
     recipe: Annotated[str | None, typer.Option(help="Named run that every trial starts from [mnist].")] = None,
     trials: Annotated[int | None, typer.Option(help="Combinations to try [20].")] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Epochs of a trial that is not stopped early [8, more where images are few].")
+        int | None, typer.Option(help="Epochs of a trial that is not stopped early [8; more for few images].")
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="End after this time with what there is.")] = None,
     vary: Annotated[

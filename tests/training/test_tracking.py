@@ -64,8 +64,7 @@ def test_run_is_in_mlflow_with_config_figures_and_report(uri: str, folder: Path)
 def test_run_that_ends_early_says_so_and_goes_on_as_the_same(
     uri: str, folder: Path, error: Exception, status: str
 ) -> None:
-    with pytest.raises(type(error)), Tracking(uri, folder, experiment=status) as tracking:
-        assert tracking.is_new
+    with pytest.raises(type(error)), Tracking(uri, folder, experiment=status):
         raise error
     assert tracked(uri, status).info.status == status
 

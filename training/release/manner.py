@@ -22,7 +22,8 @@ def manner_of(images_NHW: npt.NDArray[np.uint8]) -> Manner:
     seen the like of: clothes that fill the frame, asked about in the 20x20 box of MNIST's digits.
 
     Args:
-        images_NHW: Images as the network is given them, such as those it was validated on, uint8, shape (N, 28, 28), N at least 1.
+        images_NHW: Images as the network is given them, such as those it was validated on, uint8, shape (N, 28, 28),
+            N at least 1.
 
     Returns:
         Polarity ``auto`` where deciding from the border leaves the images as they are, else ``light_on_dark``, which
