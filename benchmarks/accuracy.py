@@ -10,7 +10,7 @@ Each run chose its epoch on its validation split and read the test split once, w
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,9 +142,23 @@ def _row(run: Run) -> list[str]:
 
 
 def _recipe_of(run: Run) -> str:
-    """Return the name of the recipe that a run was of, as far as the runs may not differ in it."""
-    same = [name for name, recipe in RECIPES.items() if recipe().model_dump_json(exclude=_OWN) == run.settings]
-    return same[0] if same else "of its own"
+    """Return the name of the nearest recipe, and what is unlike it as far as runs may not differ in that."""
+    own = dict(_fields(run.config))
+    unlike = {
+        name: [f"{field} = {own[field]}" for field, value in _fields(recipe()) if own[field] != value]
+        for name, recipe in RECIPES.items()
+    }
+    nearest = min(unlike, key=lambda name: len(unlike[name]))
+    return nearest + (f" but for {', '.join(unlike[nearest])}" if unlike[nearest] else "")
+
+
+def _fields(config: TrainConfig) -> Iterator[tuple[str, object]]:
+    """Give the fields that runs have to have in common, by dotted name."""
+    for name, value in config.model_dump(exclude=_OWN).items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{field}", inner) for field, inner in value.items())
+        else:
+            yield name, value
 
 
 if __name__ == "__main__":
