@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from training.evaluation.measures import Floats
 
-_KEPT = 0.95
+_KEPT_PERCENT = 95
 _BLOCK = 1024  # rows of the similarity matrix held at once
 
 
@@ -81,6 +81,7 @@ def separation(known_N: Floats, other_M: Floats) -> Separation:
     others = np.sort(other_M)
     below_N = np.searchsorted(others, known_N, side="left") + np.searchsorted(others, known_N, side="right")
     # The highest threshold that still lets 95 % of the known images pass.
-    threshold = np.quantile(known_N, 1 - _KEPT, method="lower")
+    kept = -(-_KEPT_PERCENT * len(known_N) // 100)
+    threshold = np.sort(known_N)[len(known_N) - kept]
     passed = len(others) - np.searchsorted(others, threshold, side="left")
     return Separation(auroc=float(below_N.mean() / (2 * len(others))), fpr_at_95=float(passed / len(others)))
