@@ -1,8 +1,6 @@
 """``sluice evaluate`` of a run and of a published version, against a real streamer with tiny MNIST."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from rpc.settings import SettingsError
 from sluice import evaluate
 from sluice.commands import app
 from sluice.evaluate import EvaluateOptions, find
+from tests.streamers import streaming
 from training import checkpoint
 from training.config import DataConfig, TrainConfig
 from training.errors import CheckpointError, TrainingError
@@ -24,16 +23,8 @@ from training.release.publish import DatasetCard, publish
 
 @pytest.fixture(scope="module")
 def streamer(tiny_mnist: Path) -> Iterator[str]:
-    """A streamer in a process of its own: grpc.aio wants one event loop in each."""
-    datasets = f"mnist={tiny_mnist},fashion-mnist={tiny_mnist}"
-    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--datasets", datasets]
-    command = [sys.executable, "-m", "sluice", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        words = next(line for line in process.stderr if line.startswith("listening on ")).split()
-        yield words[2].rstrip(";")
-        process.terminate()
-        process.communicate(timeout=30)
+    with streaming(f"mnist={tiny_mnist},fashion-mnist={tiny_mnist}") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,6 @@
 import contextlib
 import gc
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 import traceback
 from collections.abc import Iterator
@@ -20,6 +17,7 @@ from streamer.errors import ReaderError
 from streamer.loading import StreamedDataset, TensorBatch, _tensors
 from streamer.reading.division import Division
 from streamer.reading.recording import Origin
+from tests.streamers import streaming
 
 NUM_SAMPLES = 40
 PLAN = Plan(dataset="mnist", seed=7, batch_size=3)
@@ -28,17 +26,8 @@ NOWHERE = "127.0.0.1:1"
 
 @pytest.fixture(scope="session")
 def streamer(tiny_mnist: Path) -> Iterator[str]:
-    """A streamer in a process of its own, as gRPC outlives no fork."""
-    arguments = ["streamer", "--port", "0", "--metrics-port", "0", "--data", str(tiny_mnist)]
-    command = [sys.executable, "-m", "sluice", *arguments]
-    # Nobody reads on: a line an RPC would fill the pipe.
-    quiet = {**os.environ, "SLUICE_STREAMER_LOG_LEVEL": "warning"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=quiet) as process:
-        assert process.stderr is not None
-        words = next(line for line in process.stderr if line.startswith("listening on ")).split()
-        yield words[2].rstrip(";")
-        process.terminate()
-        process.communicate(timeout=60)
+    with streaming(f"mnist={tiny_mnist}") as address:
+        yield address
 
 
 @pytest.fixture(autouse=True, scope="module")
