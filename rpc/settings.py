@@ -5,8 +5,10 @@ A section of ``sluice.toml`` (``[gateway]``, ``[streamer]``, ...) is one subclas
 field is ``SLUICE_<SECTION>_<FIELD>`` in the environment and ``--field`` on the command line.
 """
 
+import difflib
 import os
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -15,6 +17,18 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 CONFIG_VARIABLE = "SLUICE_CONFIG"
 DEFAULT_CONFIG = Path("sluice.toml")
+
+SECTIONS = frozenset({"gateway", "streamer", "triton", "up"})
+"""Tables of the file: all processes read the same one, each its own table of it."""
+
+_PREFIX = "SLUICE_"
+# Read elsewhere: by clients, by compose.yaml, and between a service and its supervisor.
+_NO_SETTINGS = frozenset(
+    (
+        *("CONFIG", "CACHE", "BIND", "BUILD_NETWORK", "READY_FD", "PARENT_PID"),
+        *("API_KEY", "API_KEY_FILE", "TLS", "TLS_CA", "TLS_CERT", "TLS_KEY", "TLS_SERVER_NAME"),
+    )
+)
 
 AnySettings = TypeVar("AnySettings", bound="Settings")
 
@@ -70,6 +84,22 @@ def load(settings: type[AnySettings], **options: Any) -> AnySettings:
         raise SettingsError("; ".join(lines)) from error
 
 
+def unknown_variables(sections: Iterable[type[Settings]]) -> Iterator[str]:
+    """
+    Give a line for each variable ``SLUICE_...`` of the environment that nothing reads, with the one that may be meant.
+
+    Args:
+        sections: All there are.
+    """
+    settings = {variable_of(section, field) for section in sections for field in section.model_fields}
+    known = _NO_SETTINGS | {variable.removeprefix(_PREFIX) for variable in settings}
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix(_PREFIX)
+        if variable.upper().startswith(_PREFIX) and name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            yield f"{variable}: no such setting" + (f"; did you mean {_PREFIX}{nearest[0]}?" if nearest else "")
+
+
 def cache_folder() -> Path:
     """Return where downloads are kept: ``SLUICE_CACHE``, else ``sluice`` in the user's cache folder (XDG)."""
     if given := os.environ.get("SLUICE_CACHE"):
@@ -97,6 +127,9 @@ def _table_of_file(section: str) -> dict[str, Any]:
         content = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not TOML: {error}") from error
+    if unknown := sorted(content.keys() - SECTIONS - {section}):
+        known = ", ".join(f"[{name}]" for name in sorted(SECTIONS))
+        raise SettingsError(f"{path}: [{unknown[0]}]: no such section; known are {known}")
     table = content.get(section, {})
     if not isinstance(table, dict):
         raise SettingsError(f"{path}: [{section}] has to be a table")

@@ -25,6 +25,7 @@ from rpc.settings import load
 from serving.installation import install
 from serving.settings import TritonSettings
 from sluice import picture
+from sluice.access import Access, own_tls
 from sluice.line import gateway_service, streamer_service, triton_service
 from sluice.ports import settings_with_free_ports
 from sluice.readiness import environment
@@ -36,6 +37,7 @@ from streamer.sources.datasets import find
 _CALLERS = 16
 _SHOWN = 5
 _READ_BATCH = 500
+_LEAST_SAMPLES = 40_000
 _SERVING_SECONDS = 120.0
 
 
@@ -80,7 +82,7 @@ async def run(*, seed: int, minutes: float) -> None:
         _head(console, 3, "Triton and gateway")
         triton = await supervisor.start(triton_service(settings))
         gateway = await supervisor.start(gateway_service(settings, triton))
-        async with ImageClient(gateway) as client:
+        async with ImageClient(gateway, tls=own_tls(), api_key=Access().api_key()) as client:
             await client.wait_ready(timeout_seconds=_SERVING_SECONDS)
             say(f"Triton {triton} runs the model; the gateway {gateway} answers for it")
             _head(console, 4, f"{len(labels):,} test images as PNG files through the gateway, {_CALLERS} callers")
@@ -108,9 +110,11 @@ async def _test_split(console: Console, streamer: str) -> tuple[npt.NDArray[np.u
 async def _train(streamer: str, *, seed: int, minutes: float) -> int:
     """Train in a process of its own, whose progress bar is shown, and return the version it published."""
     options = ("--streamer", streamer, "--seed", str(seed), "--minutes", str(minutes))
+    # A demonstration is to read digits on a slow machine, too.
+    least = ("--set", f"budget.min_samples={_LEAST_SAMPLES}")
     process = await asyncio.create_subprocess_exec(
         # A second demo may well be worse than the first.
-        *(sys.executable, "-m", "sluice", "train", *options, "--force", "--no-load", "--json"),
+        *(sys.executable, "-m", "sluice", "train", *options, *least, "--force", "--no-load", "--json"),
         stdout=asyncio.subprocess.PIPE,
         env=environment(),
     )

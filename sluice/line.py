@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from gateway.client import ClientError, ImageClient
 from gateway.settings import GatewaySettings
@@ -10,14 +9,12 @@ from rpc.settings import load
 from serving.installation import install
 from serving.settings import TritonSettings
 from serving.triton import servable_models
+from sluice.access import own_tls
 from sluice.ports import places
 from sluice.settings import UpSettings
+from sluice.streaming import look_into
 from sluice.supervisor import Service, ServiceError, Supervisor
 from streamer.settings import StreamerSettings
-from streamer.sources.datasets import find
-from streamer.sources.declarations import DECLARATIONS
-from streamer.sources.places import Reading, parted
-from streamer.sources.places import find as look
 
 # Longer than any part takes by itself: a first use installs Triton and may fetch data.
 _READY_SECONDS = 600.0
@@ -95,7 +92,7 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
     sources = load(StreamerSettings, data=settings.data)
     # Both happen here, where their progress is seen; the services then find them in the cache.
     for name, place in sources.places.items():
-        await _look_into(name, place, sources, report)
+        await look_into(name, place, sources, report)
     await install(triton_settings.cache, report)
     triton_settings.model_repository.mkdir(parents=True, exist_ok=True)  # the first training fills it
     report(f"logs      {settings.logs}/")
@@ -108,22 +105,13 @@ async def _start(supervisor: Supervisor, settings: UpSettings, report: Callable[
     if not servable_models(triton_settings.model_repository):
         report("no model yet: `sluice train` in another terminal makes one; Ctrl-C stops")
         return
-    async with ImageClient(gateway) as client:
+    async with ImageClient(gateway, tls=own_tls()) as client:
         try:
             await client.wait_ready(timeout_seconds=_SERVING_SECONDS)
         except ClientError as error:
             report(f"the gateway does not serve a model: {error}")
             return
     report("ready: `sluice classify FILE...` asks it; Ctrl-C stops")
-
-
-async def _look_into(name: str, place: str | None, sources: StreamerSettings, report: Callable[[str], None]) -> None:
-    """Fetch a known data set; tell what is wrong with a folder, and what becomes of its images."""
-    if place is None or (name in DECLARATIONS and sources.data in (Path(place), Path(place).parent)):
-        await find(name, data=sources.data, cache=sources.cache, report=report)
-    elif parted(place)[1] is not None:
-        found = await look(name, place, Reading(cache=sources.cache), report=report)
-        await found.close()
 
 
 def _require_free_ports(settings: UpSettings) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,8 @@ class TrainOptions:
     """``field=value`` each."""
     config: Path | None = None
     """YAML of a recipe and fields."""
+    data: Path | None = None
+    """Folder of a data set, streamed for this run; ``:stretch`` or ``:center`` behind it says how images are framed."""
     resume: str | None = None
     """``auto``, or the folder of a run."""
     precision: Choice = "float32"
@@ -81,7 +83,9 @@ class Outcome:
         return {
             "model": self.result.card.model,
             "version": self.result.card.version,
-            "test_accuracy": self.result.evaluation.accuracy,
+            "accuracy": self.result.evaluation.accuracy,
+            "measured_on": self.result.data.judging.name,
+            "test_accuracy": None if self.result.data.test is None else self.result.evaluation.accuracy,
             "epochs": self.result.last.epoch + 1,
             "samples_per_second": self.result.last.samples_per_second,
             "run": str(self.result.folder),
@@ -93,9 +97,10 @@ class Outcome:
         """Return what a person wants to know."""
         card = self.result.card
         loaded = f"loaded by Triton at {self.loaded_by}" if self.loaded_by else "`sluice up` serves it"
+        kind = "validation" if self.result.data.test is None else "test"
         return (
             f"{card.model} version {card.version}: {self.result.evaluation.accuracy:.2%} of "
-            f"{self.result.evaluation.num_samples} test images right; {loaded}. "
+            f"{self.result.evaluation.num_samples} {kind} images right; {loaded}. "
             f"{self.result.folder}/report.html shows the run"
         )
 
@@ -112,6 +117,8 @@ def configure(options: TrainOptions) -> TrainConfig:
     try:
         recipe, values = (None, {}) if options.config is None else overrides.read(options.config)
         values |= overrides.parse(options.assignments) | _given(options)
+        if options.data is not None:
+            values = _named_as(options.data) | values
         if "data.streamer" not in values:
             place = load(StreamerSettings)
             values["data.streamer"] = joined(place.host, place.port)
@@ -122,6 +129,15 @@ def configure(options: TrainOptions) -> TrainConfig:
             if path in _given(options):
                 message = message.replace(f"{path} = ", f"{option}: {path} = ")
         raise SettingsError(message) from error
+
+
+def _named_as(data: Path) -> dict[str, Any]:
+    """Return what a folder's data set and model are called where nobody said it."""
+    from sluice.streaming import name_of, problem_of  # takes the streamer's own packages
+
+    if problem := problem_of(data):
+        raise SettingsError(f"--data {problem}")
+    return {"name": name_of(data), "data.dataset": name_of(data)}
 
 
 def _given(options: TrainOptions) -> dict[str, Any]:
@@ -148,15 +164,37 @@ def run(options: TrainOptions, *, report: Callable[[str], None]) -> Outcome | No
 
     Raises:
         SettingsError, TrainingError, StreamerError: As :func:`training.run.train`.
+        ServiceError: The streamer for ``options.data`` did not get ready.
         ServingError: The Triton named by ``options.triton`` does not answer; or one does, and did not load the
             version, or answered differently: the version is withdrawn.
     """
     with gathered() as ranks:
         config, resume = ranks.from_first(lambda: _config_and_folder(options))
-        if ranks.is_first:
-            return _lead(options, config, resume, ranks, report)
-        _assist(options, config, ranks)
-        return None
+        with _streamed(options, config, ranks, report) as config:
+            if ranks.is_first:
+                return _lead(options, config, resume, ranks, report)
+            _assist(options, config, ranks)
+            return None
+
+
+@contextmanager
+def _streamed(
+    options: TrainOptions, config: TrainConfig, ranks: Ranks, report: Callable[[str], None]
+) -> Iterator[TrainConfig]:
+    """Give the config as it is, or where a folder was named, with a streamer for it that the first rank runs."""
+    if options.data is None:
+        yield config
+        return
+    from sluice.streaming import streaming
+
+    served = streaming(config.data.dataset, options.data, owner=f"run {config.name}", report=report)
+    with ExitStack() as stack:
+        address = ranks.from_first(lambda: stack.enter_context(served))
+        try:
+            yield overrides.overridden(config, {"data.streamer": address})
+        except StoppedError:
+            report(f"going on takes --data {options.data}, too")
+            raise
 
 
 def _assist(options: TrainOptions, config: TrainConfig, ranks: Ranks) -> None:
@@ -215,6 +253,8 @@ def _tracked(view: Observer, uri: str | None, report: Callable[[str], None]) -> 
 
 def _config_and_folder(options: TrainOptions) -> tuple[TrainConfig, Path | None]:
     """Return what to train, and the run to go on with if there is one."""
+    if options.data is not None and options.streamer is not None:
+        raise SettingsError("--data and --streamer both say where the data is; give one of them")
     if options.resume is None:
         return configure(options), None
     if options.resume == "auto":
@@ -293,10 +333,10 @@ class ProgressView:
             "validation images right"
         )
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None:
         """Say how good the network is."""
         self._progress.stop()  # the finished bar stays above what follows
-        self._print(f"test split: {evaluation.accuracy:.2%} of {evaluation.num_samples} right")
+        self._print(f"{split.name} split: {evaluation.accuracy:.2%} of {evaluation.num_samples} right")
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, soft_wrap=True)

@@ -2,15 +2,12 @@
 
 import asyncio
 import json
-import re
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anyio.from_thread import start_blocking_portal
 from rich.console import Console
 
 from imaging.framing import SIDE
@@ -18,11 +15,10 @@ from rpc.address import joined
 from rpc.settings import load
 from sluice.board import Board, summary, table
 from sluice.interruption import unwind_on_sigterm
-from sluice.supervisor import Service, Supervisor
+from sluice.streaming import FRAMING, name_of, problem_of, slug, streaming
 from streamer.client import Plan, SampleClient
 from streamer.errors import StreamerError
 from streamer.settings import StreamerSettings
-from streamer.sources.places import Reading, find, parted
 from training.errors import SearchError
 from training.overrides import parse as parse_fields
 from training.search import findings
@@ -31,12 +27,8 @@ from training.search.logbook import Logbook, Search, Trial, best, command, parse
 from training.search.space import parse as parse_entry
 
 SEARCHES = Path("runs/searches")
-_LOGS = Path(".sluice/logs")
 _LOOK_SECONDS = 1.0
 _CONNECT_SECONDS = 30.0
-_READY_SECONDS = 600.0  # a first use may fetch data
-_STOP_MARGIN_SECONDS = 10.0
-_FRAMING = "stretch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,10 +76,10 @@ def describe(options: TuneOptions) -> Search:
         content["fixed"] = {**content.get("fixed", {}), **parse_fields(options.fixed)}
     if content.get("data") is not None:
         content["data"] = Path(content["data"]).absolute()
-        if "," in str(content["data"]):
-            raise SearchError(f"data: {content['data']}: a folder with a comma in its path cannot be streamed")
-        content.setdefault("dataset", _slug(Path(parted(str(content["data"]))[0]).name))
-    content.setdefault("name", _slug(str(content.get("dataset", "mnist"))))
+        if problem := problem_of(content["data"]):
+            raise SearchError(f"data: {problem}")
+        content.setdefault("dataset", name_of(content["data"]))
+    content.setdefault("name", slug(str(content.get("dataset", "mnist"))))
     return parse(content, source="sluice tune" if options.file is None else str(options.file))
 
 
@@ -140,24 +132,19 @@ def show(name: str, *, as_json: bool) -> None:
         print(path)
 
 
-def best_command(name: str, *, report: Callable[[str], None] = lambda _: None) -> str:
+def best_command(name: str) -> str:
     """
     Return the shell's line that trains and publishes a search's winner.
 
     Args:
         name: Of the search.
-        report: Told what the line needs beside it.
 
     Raises:
         SearchError: There is none of this name, or no trial of it was measured.
     """
     logbook = Logbook(SEARCHES / name)
     search = logbook.search()
-    line = command(search, best(logbook.trials(), search))
-    if search.data is not None:
-        datasets = shlex.quote(f"{search.dataset}={_place(search.data)}")
-        report(f"it reads {search.dataset} from a streamer: SLUICE_STREAMER_DATASETS={datasets} sluice up")
-    return line
+    return command(search, best(logbook.trials(), search))
 
 
 def _run(
@@ -211,37 +198,8 @@ def streamed(search: Search, *, host: str | None, report: Callable[[str], None])
         report(f"streamer {running}, which runs already")
         yield running
         return
-    datasets = search.dataset
-    if search.data is not None:
-        where = _place(search.data)
-        # Here, too, where it is seen what becomes of the images and what is wrong with them.
-        asyncio.run(_look_into(search.dataset, where, report))
-        datasets = f"{search.dataset}={where}"
-    options = ["--port", "0", "--metrics-port", "0", "--datasets", datasets]
-    service = Service(
-        name=f"tune-{search.name}-streamer",
-        arguments=["streamer", *options, *([] if host is None else ["--host", host])],
-        ready_seconds=_READY_SECONDS,
-        stop_seconds=place.drain_seconds + _STOP_MARGIN_SECONDS,
-    )
-    # The main thread belongs to Ray, which takes its signals.
-    with (
-        start_blocking_portal() as portal,
-        portal.wrap_async_context_manager(Supervisor(_LOGS, report)) as supervisor,
-    ):
-        address = portal.call(supervisor.start, service)
-        report(f"streamer {address}, for this search; its log is {_LOGS / service.name}.log")
+    with streaming(search.dataset, search.data, owner=f"search {search.name}", host=host, report=report) as address:
         yield address
-
-
-def _place(data: Path) -> str:
-    """Return a folder with the way its images become what the network takes."""
-    return str(data) if parted(str(data))[1] else f"{data}:{_FRAMING}"
-
-
-async def _look_into(dataset: str, place: str, report: Callable[[str], None]) -> None:
-    found = await find(dataset, place, Reading(cache=load(StreamerSettings).cache), report=report)
-    await found.close()
 
 
 async def _has(address: str, dataset: str) -> bool:
@@ -269,7 +227,7 @@ async def _look(address: str, search: Search) -> tuple[int, str]:
     if tuple(train.image_shape) != (SIDE, SIDE):
         raise SearchError(
             f"dataset {search.dataset!r}: its images are {'x'.join(map(str, train.image_shape))}, the network takes "
-            f"{SIDE}x{SIDE}: give the streamer FOLDER:{_FRAMING} instead of FOLDER"
+            f"{SIDE}x{SIDE}: give the streamer FOLDER:{FRAMING} instead of FOLDER"
         )
     if train.num_classes < 2:
         raise SearchError(f"dataset {search.dataset!r}: has one class; at least two are needed")
@@ -294,7 +252,3 @@ def _extent(search: Search) -> str:
 
 def _lay(content: dict[str, Any], given: dict[str, Any]) -> None:
     content |= {name: value for name, value in given.items() if value is not None}
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:64]

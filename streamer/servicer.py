@@ -90,7 +90,7 @@ _MAX_SLICES = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Reading:
+class _Wanted:
     """What a request for batches asks for, checked."""
 
     plan: Plan
@@ -214,9 +214,9 @@ class StreamerServicer:
             self._occupancy.add(-1)
 
     async def _batches(self, request: pb.StreamBatchesRequest, sending: Sending) -> AsyncGenerator[_Message, None]:
-        reading = await self._check(request)
-        writing, offered_seconds = _Writing(reading), 0.0
-        async with aclosing(await self._assembled(reading)) as assembled:
+        wanted = await self._check(request)
+        writing, offered_seconds = _Writing(wanted), 0.0
+        async with aclosing(await self._assembled(wanted)) as assembled:
             async for batch in assembled:
                 if self._draining.is_set():
                     yield 0, writing.farewell(batch.share.position)
@@ -230,11 +230,11 @@ class StreamerServicer:
     async def _pulled(
         self, request: pb.StreamBatchesRequest, requests: AsyncIterator[pb.PullBatchesRequest], sending: Sending
     ) -> AsyncGenerator[_Message, None]:
-        reading = await self._check(request)
-        writing, credit = _Writing(reading), Credit(self._settings.max_credit_bytes)
+        wanted = await self._check(request)
+        writing, credit = _Writing(wanted), Credit(self._settings.max_credit_bytes)
         sending.credit = credit
         async with (
-            aclosing(await self._assembled(reading)) as assembled,
+            aclosing(await self._assembled(wanted)) as assembled,
             Grants(requests, credit, idle_seconds=self._settings.idle_seconds) as grants,
         ):
             with self._told_of_draining(grants):
@@ -270,15 +270,15 @@ class StreamerServicer:
         finally:
             self._grants.discard(grants)
 
-    async def _assembled(self, reading: _Reading) -> AsyncGenerator[AssembledBatch, None]:
-        split, plan, transform = reading.split, reading.plan, reading.transform
+    async def _assembled(self, wanted: _Wanted) -> AsyncGenerator[AssembledBatch, None]:
+        split, plan, transform = wanted.split, wanted.plan, wanted.transform
         if transform.is_identity and isinstance(split, MemorySplit):
             # At once, and a task of its own would take as long.
-            return batches.gather(split, plan, reading.shares)
+            return batches.gather(split, plan, wanted.shares)
         pool = None if transform.is_identity else await self._pool()
-        return batches.ahead(batches.assemble(split, plan, reading.shares, transform, pool), _NUM_AHEAD)
+        return batches.ahead(batches.assemble(split, plan, wanted.shares, transform, pool), _NUM_AHEAD)
 
-    async def _check(self, request: pb.StreamBatchesRequest) -> _Reading:
+    async def _check(self, request: pb.StreamBatchesRequest) -> _Wanted:
         plan = _plan_of(request.plan)
         split = await self._split(plan.dataset, plan.split, "plan.split")
         transform = parse(plan.transform, image_shape=split.image_shape)
@@ -296,7 +296,7 @@ class StreamerServicer:
                 "a position means nothing in other data: start the run anew, or ask a replica with its data"
             )
         start, end = request.start_position, request.end_position
-        return _Reading(plan, split, transform, shares(plan, split.num_samples, start_position=start, end_position=end))
+        return _Wanted(plan, split, transform, shares(plan, split.num_samples, start_position=start, end_position=end))
 
     async def _samples(self, request: mnist_pb2.DataRequest) -> AsyncGenerator[_Message, None]:
         split = await self._split(request.dataset or "mnist", request.split or "train", "split")
@@ -395,12 +395,10 @@ class _Writing:
         has_begun: Whether there was a message; the first one tells shape and type of the images.
     """
 
-    def __init__(self, reading: _Reading) -> None:
+    def __init__(self, wanted: _Wanted) -> None:
         self.has_begun = False
-        self._plan = reading.plan
-        self._fields = pb.Batch(
-            image_shape=reading.transform.image_shape, data_type=_DATA_TYPES[reading.transform.dtype]
-        )
+        self._plan = wanted.plan
+        self._fields = pb.Batch(image_shape=wanted.transform.image_shape, data_type=_DATA_TYPES[wanted.transform.dtype])
 
     def message(self, batch: AssembledBatch, offered_seconds: float = 0.0) -> bytes:
         """

@@ -18,6 +18,8 @@ def streaming(datasets: str) -> Iterator[str]:
     ) as process:
         assert process.stderr is not None
         words = next(line for line in process.stderr if line.startswith("listening on ")).split()
-        yield words[2].rstrip(";")
-        process.terminate()
-        process.communicate(timeout=60)
+        try:
+            yield words[2].rstrip(";")
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)

@@ -4,7 +4,7 @@ A run's state on disk: tensors as safetensors, the rest as JSON; no pickle, and 
 A checkpoint is a folder ``step-00001234`` with a manifest of SHA-256 digests. It gets that name when all of it is on
 disk, and is never changed after. What was learnt at the best epoch, without what it takes to go on from there, is
 ``best-00001200`` where the newest checkpoint is another. ``last`` and ``best`` beside them are links; a run that goes
-on takes the newest that holds what its manifest says.
+on takes the newest that holds what its manifest says. Of a run that is finished only ``best`` stays.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _SUFFIX = ".safetensors"
 _NAME = re.compile(r"step-([0-9]{8,})")
-_BEST = "best"
+_BEST, _LAST = "best", "last"
 _KEPT = 2
 """Newest checkpoints that stay: one more than needed, should the newest be damaged."""
 
@@ -178,14 +178,9 @@ def keep(checkpoints: Path, parts: Parts, state: State, *, is_best: bool) -> Pat
     """
     folder = checkpoints / f"step-{state.step:08}"
     save(folder, parts, state)
-    for name in ("last", _BEST) if is_best else ("last",):
+    for name in (_LAST, _BEST) if is_best else (_LAST,):
         _point(checkpoints / name, folder)
-    best = _best_of(checkpoints)
-    for old in (*_all(checkpoints)[:-_KEPT], *checkpoints.glob(f"{_BEST}-*")):
-        if old.resolve() != best:
-            shutil.rmtree(old, ignore_errors=True)
-    for litter in checkpoints.glob(".*"):
-        shutil.rmtree(litter, ignore_errors=True)
+    _clear(checkpoints, num_kept=_KEPT)
     return folder
 
 
@@ -200,6 +195,36 @@ def keep_best(checkpoints: Path, weights: Mapping[str, Tensor], state: State) ->
     save(folder, {"weights": weights}, state)
     _point(checkpoints / _BEST, folder)
     return folder
+
+
+def keep_learnt(checkpoints: Path) -> None:
+    """
+    Leave what a run had learnt at its best epoch, else its last, and nothing of what it takes to go on.
+
+    Raises:
+        CheckpointError: There is nothing, or it is damaged; all that was there still is.
+        OSError: Disk full or not writable; what was learnt is there in any case.
+    """
+    best = checkpoints / _BEST
+    learnt = read(best) if best.exists() else newest(checkpoints)
+    keep_best(checkpoints, _weights_of(learnt), learnt.state)
+    (checkpoints / _LAST).unlink(missing_ok=True)
+    _clear(checkpoints, num_kept=0)
+
+
+def _clear(checkpoints: Path, *, num_kept: int) -> None:
+    """Remove litter, and checkpoints but for the best and so many of the newest."""
+    best, steps = _best_of(checkpoints), _all(checkpoints)
+    for old in (*steps[: max(len(steps) - num_kept, 0)], *checkpoints.glob(f"{_BEST}-*")):
+        if old.resolve() != best:
+            shutil.rmtree(old, ignore_errors=True)
+    for litter in checkpoints.glob(".*"):
+        shutil.rmtree(litter, ignore_errors=True)
+
+
+def _weights_of(saved: Saved) -> dict[str, Tensor]:
+    """Return what is to be used of a checkpoint: the average where it has one."""
+    return saved.parts["average" if "average" in saved.parts else "weights"]
 
 
 def _best_of(checkpoints: Path) -> Path:
@@ -220,7 +245,7 @@ def _learnt(saved: Saved) -> Checkpoint:
     model = saved.state.config.model
     network = Network(saved.state.num_classes, dropout=model.dropout, batch_norm=model.batch_norm)
     try:
-        network.load_state_dict(saved.parts["average" if "average" in saved.parts else "weights"])
+        network.load_state_dict(_weights_of(saved))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{saved.folder}: made for another network: {error}") from error
     return Checkpoint(network, saved.state)

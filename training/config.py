@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
+USUAL_TEST = "test"
+"""Split that data sets keep for the end, and some do not have."""
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -22,8 +25,8 @@ class DataConfig(_Frozen):
     """What is trained on: a split, or a slice of one."""
     validation_split: str = "train[90%:]"
     """What chooses the best epoch; best without a sample of the training split. Empty: the last epoch is the best."""
-    test_split: str = Field("test", min_length=1)
-    """What the finished network is measured on, once; chooses nothing."""
+    test_split: str = Field(USUAL_TEST, min_length=1)
+    """What the finished network is measured on, once; chooses nothing. Where data has no test: the validation split."""
     batch_size: int = Field(128, ge=1, le=8192)
     """Samples a step, over all ranks together; the last step of an epoch takes what is left."""
     prefetch_batches: int = Field(4, ge=1, le=64)
@@ -83,8 +86,8 @@ class BudgetConfig(_Frozen):
 
     seconds: float | None = Field(180.0, gt=0)
     """Time to fill with whole epochs; none means exactly ``max_epochs``."""
-    min_samples: int = Field(40_000, ge=1)
-    """Samples trained on, rounded up to whole epochs, even where the machine is slower than the time allows."""
+    min_samples: int = Field(1, ge=1)
+    """Samples trained on, rounded up to whole epochs, even where the time is over before."""
     max_epochs: int = Field(25, ge=1, le=10_000)
     """Never more than this, however fast the machine."""
 

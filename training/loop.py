@@ -16,7 +16,7 @@ from streamer.loading import TensorBatch
 from training.config import TrainConfig
 from training.devices import device_of_choice, is_half
 from training.ema import Average
-from training.meters import Meters, Reading
+from training.meters import Means, Meters
 from training.model import Network
 from training.optim import gradient_norm, guarded_step, make_optimizer, set_rate
 from training.pace import Pace
@@ -122,7 +122,7 @@ class Loop:
         self._is_half = is_half(config.precision, self.device)
         # A CPU has nothing to wait for.
         self._read_steps = 1 if self.device.type == "cpu" else config.log_steps
-        self._reading = Reading()
+        self._means = Means()
 
     @property
     def epochs(self) -> int:
@@ -152,7 +152,7 @@ class Loop:
         self.epoch += 1
         self.pace.plan(done=self.epoch)
 
-    def read(self) -> Reading:
+    def read(self) -> Means:
         """
         Wait for the device and return running loss and accuracy; what is kept of a run is read before.
 
@@ -160,8 +160,8 @@ class Loop:
             DivergedError: As :meth:`steps`.
         """
         if self.number:
-            self._reading = self.meters.read()
-        return self._reading
+            self._means = self.meters.read()
+        return self._means
 
     def position(self) -> dict[str, Any]:
         """Return what a checkpoint has to know besides tensors: plain values, fit for JSON."""
@@ -196,8 +196,8 @@ class Loop:
             epochs=self.pace.epochs,
             samples=self.pace.samples,
             position=batch.next_position,
-            loss=self._reading.loss,
-            accuracy=self._reading.accuracy,
+            loss=self._means.loss,
+            accuracy=self._means.accuracy,
             lr=lr,
             samples_per_second=self.pace.rate,
         )

@@ -11,8 +11,8 @@ from training.errors import DivergedError
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """The meters at one moment."""
+class Means:
+    """What the meters show at one moment."""
 
     loss: float = math.nan
     """Running mean of the training loss."""
@@ -56,7 +56,7 @@ class Meters:
         self.failed = torch.maximum(self.failed, bad.float())
         self._means.lerp_(torch.stack((loss, share_right)), max(0.02, 1 / step))
 
-    def read(self) -> Reading:
+    def read(self) -> Means:
         """
         Wait for the device and return what it has added up.
 
@@ -66,7 +66,7 @@ class Meters:
         loss, accuracy, step, failed_loss, norm = torch.cat((self._means.double(), self._failure)).tolist()
         if step:
             raise DivergedError(int(step), failed_loss, norm=norm)
-        return Reading(loss, accuracy)
+        return Means(loss, accuracy)
 
     def state(self) -> list[float]:
         """Return the means, for a checkpoint."""

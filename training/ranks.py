@@ -5,6 +5,7 @@ A launcher such as ``torchrun`` starts them; the first one, rank 0, decides, wri
 itself there is :data:`ALONE`, whose methods leave everything as it is.
 """
 
+import inspect
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
+from streamer.errors import ReaderError
+from streamer.loading import place_of
 from training.errors import RankError
 from training.norms import share_norms
 
@@ -127,7 +130,9 @@ class _Group(Ranks):
 
     def spread(self, network: nn.Module) -> Callable[[Tensor], Tensor]:
         share_norms(network, self._talk)
-        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True)
+        # What norms count is of all ranks' samples, on each of them: there is nothing to send.
+        options = _without_sending_buffers()
+        return nn.parallel.DistributedDataParallel(network, gradient_as_bucket_view=True, **options)
 
     def weigh(self, loss: Tensor, share: float) -> Tensor:
         return loss * (share * self.size)
@@ -246,13 +251,13 @@ def _meeting_place(rank: int, size: int, environment: Mapping[str, str]) -> Any:
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """Return rank and world size; None for a process by itself."""
-    if "RANK" not in environment and "WORLD_SIZE" not in environment:
+    try:
+        place = place_of(environment)
+    except ReaderError as error:
+        raise RankError(str(error)) from error
+    if place is None or place[1] == 1:
         return None
-    rank, size = _told(environment, "RANK", least=0), _told(environment, "WORLD_SIZE", least=1)
-    if rank >= size:
-        raise RankError(f"RANK in the environment: {rank}; 0 to {size - 1} are allowed with WORLD_SIZE {size}")
-    if size == 1:
-        return None
+    rank, size = place
     for variable in ("MASTER_ADDR", "MASTER_PORT"):
         if variable not in environment:
             raise RankError(
@@ -262,21 +267,21 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int] | None:
     return rank, size
 
 
+def _without_sending_buffers() -> dict[str, Any]:
+    """Return the option by its name in this version of torch, which warns of the former one."""
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
 def _gpu(rank: int, environment: Mapping[str, str]) -> int:
     count = torch.cuda.device_count()
-    number = _told(environment, "LOCAL_RANK", least=0) if "LOCAL_RANK" in environment else rank % count
-    if number >= count:
-        raise RankError(f"LOCAL_RANK in the environment: {number}; this machine has {count} GPU(s), one for each rank")
-    return number
-
-
-def _told(environment: Mapping[str, str], variable: str, *, least: int) -> int:
-    text = environment.get(variable)
-    if text is None:
-        raise RankError(f"{variable} in the environment: missing; RANK and WORLD_SIZE are needed both, or neither")
-    if not text.isdecimal() or int(text) < least:
-        raise RankError(f"{variable} in the environment: {text!r}; a whole number from {least} on is expected")
-    return int(text)
+    given = environment.get("LOCAL_RANK", str(rank % count))
+    if not given.isdecimal() or int(given) >= count:
+        raise RankError(
+            f"LOCAL_RANK in the environment: {given!r}; this machine has {count} GPU(s), one for each rank: "
+            f"0 to {count - 1} are allowed"
+        )
+    return int(given)
 
 
 def _cause(error: RuntimeError) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from streamer.client import DatasetInfo, Plan, SampleClient, SplitInfo
 from streamer.loading import Origin, StreamedDataset, TensorBatch
-from training.config import DataConfig, TrainConfig
+from training.config import USUAL_TEST, DataConfig, TrainConfig
 from training.errors import ConfigError, TrainingError
 from training.model import IMAGE_SIZE
 from training.ranks import ALONE, Ranks
@@ -27,7 +27,23 @@ class Data:
     dataset: DatasetInfo
     train: SplitInfo
     validation: SplitInfo | None
-    test: SplitInfo
+    test: SplitInfo | None
+    """None: the data set has none."""
+
+    @property
+    def judging(self) -> SplitInfo:
+        """
+        What the finished network is measured on: the test split, or where there is none the validation split.
+
+        Raises:
+            TrainingError: There is neither.
+        """
+        if (split := self.test or self.validation) is None:
+            raise TrainingError(
+                f"dataset {self.dataset.name!r}: has no test split, and data.validation_split is empty: "
+                "there is nothing to measure a network on; data.validation_split = train[90%:] puts a tenth aside"
+            )
+        return split
 
     @property
     def class_names(self) -> list[str]:
@@ -49,7 +65,7 @@ def batches_of(config: DataConfig, split: SplitInfo) -> StreamedDataset:
     return StreamedDataset(config.streamer, plan, distributed=False, prefetch_batches=config.prefetch_batches)
 
 
-class Reading:
+class TrainingStream:
     """
     The training split, pass by pass, and the last batch that a step was taken with.
 
@@ -146,7 +162,7 @@ def ledger_of(ledger: Path | None, ranks: Ranks) -> Path | None:
 
 async def describe(config: DataConfig) -> Data:
     """
-    Ask the streamer for what a run reads.
+    Ask the streamer for what a run reads; of the splits only the usual test split may be missing.
 
     Raises:
         TrainingError: It does not have the data set, or its images are not what the network takes.
@@ -166,11 +182,14 @@ async def describe(config: DataConfig) -> Data:
             _check_shape(config.dataset, info)
             return info
 
+        dataset = datasets[config.dataset]
+        # Another split that somebody asked for by its name has to be there.
+        has_test = config.test_split != USUAL_TEST or USUAL_TEST in dataset.splits
         return Data(
-            dataset=datasets[config.dataset],
+            dataset=dataset,
             train=await described(config.train_split),
             validation=await described(config.validation_split) if config.validation_split else None,
-            test=await described(config.test_split),
+            test=await described(config.test_split) if has_test else None,
         )
 
 

@@ -17,7 +17,7 @@ from training import checkpoint, environment, folders, randomness
 from training.checkpoint import Saved, State
 from training.config import TrainConfig
 from training.devices import device_of_choice, make_deterministic
-from training.errors import StoppedError
+from training.errors import CheckpointError, StoppedError
 from training.evaluation import record
 from training.evaluation import report as page
 from training.evaluation.evaluate import Evaluation, evaluate
@@ -26,7 +26,7 @@ from training.journal import Journal
 from training.loop import Loop, Step
 from training.model import Network, fold
 from training.ranks import ALONE, Ranks
-from training.reading import Data, Reading, batches_of, describe
+from training.reading import Data, TrainingStream, batches_of, describe
 from training.release import candidate
 from training.release.export import Export
 from training.release.precision import Choice
@@ -51,8 +51,8 @@ class Observer(Protocol):
     def validated(self, step: Step, evaluation: Evaluation) -> None:
         """The validation split was gone through after an epoch's last step."""
 
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """The test split was gone through."""
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None:
+        """The test split was gone through, or without one the validation split once more."""
 
 
 class _Nobody:
@@ -64,13 +64,15 @@ class _Nobody:
 
     def validated(self, step: Step, evaluation: Evaluation) -> None: ...
 
-    def evaluated(self, evaluation: Evaluation) -> None: ...
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learnt:
     """What came of training, before anybody looked at the test split."""
 
+    folder: Path
+    """Of the run."""
     network: Network
     """The best, or without a validation split the last; without norms and dropout, in evaluation mode."""
     last: Step
@@ -89,7 +91,9 @@ class Result:
     exported: Export
     last: Step
     evaluation: Evaluation
-    """Of the test split, calibrated."""
+    """Calibrated."""
+    data: Data
+    """What it was trained, and by :attr:`training.reading.Data.judging` measured, on."""
     folder: Path
     """Holds config, environment, metrics, checkpoints, ``evaluation.json`` and ``report.html``."""
     stalls: StallReport
@@ -138,23 +142,32 @@ def train(
         TrainingError: Named by cause.
         streamer.errors.StreamerError: The streamer cannot be reached or does not have the data.
     """
-    prepare(repository, config.name)
-    folder = resume or new_folder(runs, config)
-    learnt = learn(config, folder, observer=observer, ledger=ledger, stopping=stopping, report=report, ranks=ranks)
+
+    def begin(data: Data) -> Path:
+        """Make places only for what has been found to be there."""
+        if data.test is None:
+            report(_without_test(data))
+        prepare(repository, config.name)
+        return resume or new_folder(runs, config)
+
+    learnt = _learnt(_trained(config, begin, observer, ledger, stopping, report, ranks))
     ranks.leave()
+    folder = learnt.folder
     draft, assessment = candidate.draft(
         learnt.network, learnt.data, config.data, name=config.name, source=folder, precision=precision
     )
-    observer.evaluated(assessment.evaluation)
+    observer.evaluated(assessment.evaluation, learnt.data.judging)
     record.write(assessment.record, folder / record.FILE)
     page.write(folder)
     card, exported = publish_draft(learnt.network, repository, draft, force=force)
     (folder / RESULT).write_text(card.model_dump_json(indent=2, by_alias=True) + "\n")
+    _tidy(folder / CHECKPOINTS, report)
     return Result(
         card=card,
         exported=exported,
         last=learnt.last,
         evaluation=assessment.evaluation,
+        data=learnt.data,
         folder=folder,
         stalls=learnt.stalls,
     )
@@ -185,9 +198,13 @@ def learn(
     Raises:
         StoppedError, TrainingError, streamer.errors.StreamerError: As :func:`train`.
     """
-    training = _trained(config, folder, observer, ledger, stopping, report, ranks)
-    best = checkpoint.load(folder)
+    return _learnt(_trained(config, lambda _: folder, observer, ledger, stopping, report, ranks))
+
+
+def _learnt(training: "_Training") -> Learnt:
+    best = checkpoint.load(training.folder)
     return Learnt(
+        folder=training.folder,
         network=fold(best.network).to(training.loop.device),
         last=training.loop.last,
         data=training.data,
@@ -212,13 +229,28 @@ def assist(config: TrainConfig, ranks: Ranks, *, ledger: Path | None = None, sto
         StoppedError: A rank was asked to stop; the first one has kept the state.
         TrainingError, streamer.errors.StreamerError: As :func:`train`.
     """
-    _trained(config, Path(), _Nobody(), ledger, stopping, lambda _: None, ranks)
+    _trained(config, lambda _: Path(), _Nobody(), ledger, stopping, lambda _: None, ranks)
     ranks.leave()
+
+
+def _without_test(data: Data) -> str:
+    return (
+        f"{data.dataset.name} has no test split: the network is measured on {data.judging.name}, which also chooses "
+        "its epoch and its temperature; expect less of new images"
+    )
+
+
+def _tidy(checkpoints: Path, report: Callable[[str], None]) -> None:
+    """Give back the disk that a run needs only to go on; one that has ended does not."""
+    try:
+        checkpoint.keep_learnt(checkpoints)
+    except (OSError, CheckpointError) as error:  # its version is published all the same
+        report(f"{checkpoints}: not tidied up: {error}")
 
 
 def _trained(
     config: TrainConfig,
-    folder: Path,
+    folder_for: Callable[[Data], Path],
     observer: Observer,
     ledger: Path | None,
     stopping: Stopping | None,
@@ -231,12 +263,15 @@ def _trained(
     randomness.seed(config.seed)
     device = device_of_choice()
     data = ranks.from_first(lambda: asyncio.run(describe(config.data)))
-    folder = ranks.from_first(lambda: folder)
+    folder = ranks.from_first(lambda: folder_for(data))
     model = config.model
     network = Network(data.train.num_classes, dropout=model.dropout, batch_norm=model.batch_norm).to(device)
     loop = Loop(network, config, num_samples=data.train.num_samples, ranks=ranks)
-    with alone(folder) if ranks.is_first else nullcontext(), Reading(config, data.train, ledger, ranks) as reading:
-        training = _Training(config, folder, loop, reading, data, observer, ranks)
+    with (
+        alone(folder) if ranks.is_first else nullcontext(),
+        TrainingStream(config, data.train, ledger, ranks) as stream,
+    ):
+        training = _Training(config, folder, loop, stream, data, observer, ranks)
         saved = from_first(ranks, folder / CHECKPOINTS)
         if saved is not None:
             training.resume(saved)
@@ -268,16 +303,16 @@ class _Training:
         config: TrainConfig,
         folder: Path,
         loop: Loop,
-        reading: Reading,
+        stream: TrainingStream,
         data: Data,
         observer: Observer,
         ranks: Ranks,
     ) -> None:
         self.loop = loop
         self.data = data
+        self.folder = folder
         self._config = config
-        self._folder = folder
-        self._reading = reading
+        self._stream = stream
         self._observer = observer
         self._ranks = ranks
         self._best_accuracy: float | None = None
@@ -288,24 +323,24 @@ class _Training:
     @property
     def stalls(self) -> StallReport:
         """What the training has waited for."""
-        return self._reading.dataset.report()
+        return self._stream.dataset.report()
 
     def resume(self, saved: Saved) -> None:
         restore(self.loop, saved)
-        self._reading.dataset.load_state(saved.state.data)
+        self._stream.dataset.load_state(saved.state.data)
         self._best_accuracy = saved.state.best_accuracy
 
     def run(self, stopping: Stopping) -> None:
         loop = self.loop
         with self._journal() as journal, stopping as asked:
             while loop.epoch < loop.epochs:
-                for step in loop.steps(self._reading.epoch(loop.epoch)):
+                for step in loop.steps(self._stream.epoch(loop.epoch)):
                     self._observer.stepped(step, self.data.train.num_samples)
                     if journal is not None and step.number % self._config.log_steps == 0:
                         journal.stepped(step)
                     signal, is_due = self._ranks.agree(asked(), is_due=self._is_due())
                     # An epoch's last step is kept with what the epoch came to.
-                    if not self._reading.is_over and (signal is not None or is_due):
+                    if not self._stream.is_over and (signal is not None or is_due):
                         self._keep({}, is_best=False)
                         self._stop_if(signal)
                 loop.end_epoch()
@@ -313,7 +348,7 @@ class _Training:
 
     def _journal(self) -> AbstractContextManager[Journal | None]:
         """Return where figures are noted, by one rank for all."""
-        return Journal(self._folder, step=self.loop.number) if self._ranks.is_first else nullcontext()
+        return Journal(self.folder, step=self.loop.number) if self._ranks.is_first else nullcontext()
 
     def _end_epoch(self, journal: Journal | None, asked: Callable[[], int | None]) -> None:
         loop, every, split = self.loop, self._config.checkpoint.epochs, self.data.validation
@@ -343,7 +378,7 @@ class _Training:
 
     def _keep(self, validation: dict[str, float], *, is_best: bool) -> None:
         self.loop.read()  # nothing of a step that failed is kept
-        with self._reading.dataset.committing(self._reading.last, step=self.loop.number):
+        with self._stream.dataset.committing(self._stream.last, step=self.loop.number):
             # All ledgers say what is about to be kept before it is, and then that it was.
             self._ranks.wait()
             if self._ranks.is_first:
@@ -352,13 +387,13 @@ class _Training:
         self._kept_at = time.monotonic()
 
     def _write(self, validation: dict[str, float], *, is_best: bool) -> None:
-        loop, checkpoints = self.loop, self._folder / CHECKPOINTS
+        loop, checkpoints = self.loop, self.folder / CHECKPOINTS
         if self._best is not None:
             weights, state = self._best
             is_best = state.step == loop.number
             if not is_best:
                 checkpoint.keep_best(checkpoints, weights, state)
-        state = self._state(validation, data=self._reading.dataset.state(), random=randomness.values())
+        state = self._state(validation, data=self._stream.dataset.state(), random=randomness.values())
         checkpoint.keep(checkpoints, parts_of(loop), state, is_best=is_best)
         self._best = None
 
@@ -377,4 +412,4 @@ class _Training:
 
     def _stop_if(self, signal: int | None) -> None:
         if signal is not None:
-            raise StoppedError(self.loop.number, signal, self._folder)
+            raise StoppedError(self.loop.number, signal, self.folder)

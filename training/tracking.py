@@ -208,9 +208,9 @@ class TrackedObserver:
         self._observer.validated(step, evaluation)
         self._note("validation", {"loss": evaluation.loss, "accuracy": evaluation.accuracy}, step.number)
 
-    def evaluated(self, evaluation: Evaluation) -> None:
-        """Note how good the network is."""
-        self._observer.evaluated(evaluation)
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None:
+        """Note how good the network is, under ``test`` whichever split says so."""
+        self._observer.evaluated(evaluation, split)
         self._note("test", {"loss": evaluation.loss, "accuracy": evaluation.accuracy}, 0)
 
     def _note(self, group: str, figures: Mapping[str, float], step: int) -> None:

@@ -14,11 +14,18 @@ from sluice.options import LoadingTriton, Precision, StreamerAddress, TellsTrito
 def train(
     recipe: Annotated[str | None, typer.Option(help="Named run to start from: mnist or smoke [mnist].")] = None,
     streamer: StreamerAddress = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a data set, streamed for this run; FOLDER:center frames digits, else all of an image is "
+            "scaled. Data set and model are called as the folder is."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seeds weights and the order of the samples.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Exactly this many epochs, however long they take.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time to fill with whole epochs: at least 40,000 samples, at most the recipe's epochs."),
+        typer.Option(help="Time to fill with whole epochs: at least one, at most the recipe's."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     assignments: Annotated[
@@ -79,6 +86,7 @@ def train(
         minutes=minutes,
         lr=lr,
         triton=triton,
+        data=data,
         load=load,
         ledger=ledger,
         assignments=tuple(assignments or ()),

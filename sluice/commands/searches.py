@@ -113,4 +113,4 @@ def best(name: SearchName) -> None:
     """Print the command that trains a search's winner, measures it on the test split, and publishes it."""
     from sluice.tune import best_command
 
-    print(best_command(name, report=say))
+    print(best_command(name))

@@ -5,7 +5,7 @@ import pytest
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from rpc.settings import Settings, SettingsError, cache_folder, load
+from rpc.settings import Settings, SettingsError, cache_folder, load, unknown_variables
 
 
 class PumpSettings(Settings):
@@ -81,6 +81,23 @@ def test_misspelt_field_in_the_file_is_refused(empty_folder: Path) -> None:
 
     with pytest.raises(SettingsError, match=r"\[pump\] prot: no such setting"):
         load(PumpSettings)
+
+
+def test_misspelt_section_of_the_file_is_refused(empty_folder: Path) -> None:
+    (empty_folder / "sluice.toml").write_text("[pump]\nport = 1\n[gatway]\nport = 2\n")
+
+    with pytest.raises(SettingsError, match=r"\[gatway\]: no such section; known are \[gateway\], \[streamer\]"):
+        load(PumpSettings)
+
+
+def test_variable_that_nothing_reads_is_told_with_the_one_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PMUP_PORT", "PUMP_PORT", "DATA", "CONFIG", "CACHE", "API_KEY", "BUILD_NETWORK", "XYZZY"):
+        monkeypatch.setenv(f"SLUICE_{name}", "secret")
+
+    assert list(unknown_variables([PumpSettings])) == [
+        "SLUICE_PMUP_PORT: no such setting; did you mean SLUICE_PUMP_PORT?",
+        "SLUICE_XYZZY: no such setting",
+    ]
 
 
 def test_file_that_is_not_toml_is_named(empty_folder: Path) -> None:

@@ -1,3 +1,8 @@
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +11,7 @@ import pytest
 from rpc.settings import SettingsError
 from sluice.training import TrainOptions, configure, run
 from training.config import TrainConfig
+from training.folders import config_of
 
 NOTHING: dict[str, Any] = {"streamer": None, "seed": None, "epochs": None, "minutes": None, "lr": None, "triton": None}
 
@@ -26,6 +32,44 @@ def test_a_number_of_epochs_is_trained_however_long_it_takes() -> None:
 def test_value_out_of_range_is_named() -> None:
     with pytest.raises(SettingsError, match=r"--lr: .*greater than 0"):
         configure(TrainOptions(**{**NOTHING, "recipe": "mnist", "lr": -1.0}))
+
+
+def test_time_asked_for_is_not_outweighed_by_a_least_number_of_samples() -> None:
+    budget = configure(TrainOptions(**{**NOTHING, "recipe": None, "minutes": 1.0})).budget
+
+    assert budget.epochs(4_000, done=0, elapsed_seconds=0, samples_per_second=200) == 3
+
+
+def test_folder_names_data_set_and_model_where_nobody_else_does() -> None:
+    options = TrainOptions(**{**NOTHING, "recipe": None}, data=Path("some/My Shoes:center"))
+    named = configure(replace(options, assignments=("name=boots",)))
+
+    assert (configure(options).name, configure(options).data.dataset) == ("my-shoes", "my-shoes")
+    assert (named.name, named.data.dataset) == ("boots", "my-shoes")
+
+
+def test_folder_and_streamer_together_are_refused() -> None:
+    options = TrainOptions(**{**NOTHING, "recipe": None, "streamer": "far:1"}, data=Path("shoes"))
+    with pytest.raises(SettingsError, match="--data and --streamer"):
+        run(options, report=lambda _: None)
+
+
+def test_folder_is_streamed_until_the_run_is_interrupted(tiny_mnist: Path) -> None:
+    command = [sys.executable, "-m", "sluice", "train", "--recipe", "smoke", "--data", str(tiny_mnist), "--no-load"]
+    with subprocess.Popen([*command, "--epochs", "9999"], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = next(line for line in process.stderr if line.startswith("streamer "))
+        next(line for line in process.stderr if line.startswith("after epoch 1: "))
+        process.send_signal(signal.SIGINT)
+        *_, hint, last = process.stderr
+    (folder,) = Path("runs").iterdir()
+
+    assert (process.returncode, hint) == (130, f"going on takes --data {tiny_mnist}, too\n"), last
+    assert f"`sluice train --resume {folder}`" in last
+    host, port = config_of(folder).data.streamer.split(":")
+    assert first.startswith(f"streamer {host}:{port}, for this run; its log is .sluice/logs/run-tiny-mnist")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, int(port)))
 
 
 def test_unknown_recipe_is_named_with_the_known_ones() -> None:

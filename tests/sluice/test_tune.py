@@ -73,15 +73,12 @@ def test_best_prints_a_line_that_train_takes() -> None:
     assert config.augmentation == values["augmentation"] != recipe("mnist").augmentation
 
 
-def test_best_says_which_streamer_a_folder_needs(tmp_path: Path) -> None:
+def test_best_trains_on_the_folder_that_was_searched(tmp_path: Path) -> None:
     search = describe(TuneOptions(data=tmp_path / "My Shoes"))
     trial = Trial(number=1, id="t1", values={}, state="finished", scores={8: 0.9})
     Logbook.create(SEARCHES / search.name, search).write_trials((trial,))
-    told: list[str] = []
-    best_command("my-shoes", report=told.append)
 
-    (line,) = told
-    assert line.endswith(f"SLUICE_STREAMER_DATASETS='my-shoes={tmp_path}/My Shoes:stretch' sluice up")
+    assert f" --data '{tmp_path}/My Shoes' --set name=my-shoes " in best_command("my-shoes")
 
 
 def test_folder_that_cannot_be_named_to_a_streamer_is_refused(tmp_path: Path) -> None:
@@ -114,7 +111,7 @@ def test_search_starts_a_streamer_with_its_folder_and_ends_it(tiny_mnist: Path) 
     with streamed(search, host=None, report=told.append) as address:
         assert asyncio.run(_names(address)) == ["tiny"]
 
-    assert told == [f"streamer {address}, for this search; its log is .sluice/logs/tune-tiny-streamer.log"]
+    assert told == [f"streamer {address}, for this search; its log is .sluice/logs/search-tiny-streamer.log"]
     with pytest.raises(UnreachableError):
         asyncio.run(_names(address))
 

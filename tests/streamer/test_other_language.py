@@ -1,11 +1,8 @@
 """A client in another language, which has the contract from the .proto alone: Node."""
 
 import asyncio
-import fcntl
 import hashlib
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,9 @@ import numpy as np
 import pytest
 
 from protos import mnist_pb2, mnist_pb2_grpc
-from rpc.settings import cache_folder
 from streamer.client import Plan, SampleClient
 from streamer.server import StreamerServer
+from tests import node
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(__file__).parent / "node"
@@ -24,52 +21,30 @@ PLAN = Plan(dataset="mnist", seed=12345678901234567890, epoch=3, batch_size=96)
 
 
 @pytest.fixture(scope="module")
-def node() -> str:
-    """Return the interpreter."""
-    found = shutil.which("node")
-    if found is None or shutil.which("npm") is None:
-        pytest.skip("no node and npm here: apt-get install nodejs npm")
-    return found
+def interpreter() -> str:
+    return node.interpreter()
 
 
 @pytest.fixture(scope="module")
-def program(node: str) -> Path:
-    """Return the program, in a folder with the packages it needs, which are installed once for all runs."""
-    wanted = (PROGRAM / "package.json").read_bytes()
-    folder = cache_folder() / f"node-{hashlib.sha256(wanted).hexdigest()[:12]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / ".installed").exists():
-            install(folder)
-            (folder / ".installed").touch()
-        for each in PROGRAM.iterdir():
-            shutil.copy(each, folder)
-    return folder / "read.js"
+def program(interpreter: str) -> Path:
+    """Return the program, in a folder with the packages it needs."""
+    return node.prepared(PROGRAM) / "read.js"
 
 
-def install(folder: Path) -> None:
-    shutil.copy(PROGRAM / "package.json", folder)
-    options = ("--ignore-scripts", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error")
-    done = subprocess.run(
-        ["npm", "install", *options], cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100
-    )
-    if done.returncode:
-        pytest.skip(f"npm cannot install the client's packages here: {(done.stderr or done.stdout).strip()[:300]}")
-
-
-async def read_in_node(node: str, program: Path, server: StreamerServer, plan: dict[str, Any]) -> tuple[int, str, str]:
+async def read_in_node(
+    interpreter: str, program: Path, server: StreamerServer, plan: dict[str, Any]
+) -> tuple[int, str, str]:
     """Run the program and return its status and what it printed."""
     arguments = (server.address, str(ROOT), json.dumps({"plan": plan}))
     process = await asyncio.create_subprocess_exec(
-        node, str(program), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        interpreter, str(program), *arguments, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
     output, errors = await process.communicate()
     return process.returncode or 0, output.decode(), errors.decode()
 
 
 async def test_epoch_read_in_node_is_that_of_the_python_client(
-    node: str, program: Path, server: StreamerServer
+    interpreter: str, program: Path, server: StreamerServer
 ) -> None:
     digest, sizes = hashlib.sha256(), []
     async with SampleClient(server.address) as client:
@@ -85,7 +60,7 @@ async def test_epoch_read_in_node_is_that_of_the_python_client(
             single.update(sample.image + f"{sample.index} {sample.label};".encode())
 
     plan = {"dataset": "mnist", "seed": str(PLAN.seed), "epoch": PLAN.epoch, "batch_size": PLAN.batch_size}
-    status, output, errors = await read_in_node(node, program, server, plan)
+    status, output, errors = await read_in_node(interpreter, program, server, plan)
     assert (status, errors) == (0, "")
     assert json.loads(output) == {
         "samples": sum(sizes),
@@ -97,8 +72,8 @@ async def test_epoch_read_in_node_is_that_of_the_python_client(
     assert np.sum(sizes) == 1000
 
 
-async def test_refusal_reaches_node_as_it_is(node: str, program: Path, server: StreamerServer) -> None:
-    status, _, errors = await read_in_node(node, program, server, {"dataset": "nowhere", "batch_size": 10})
+async def test_refusal_reaches_node_as_it_is(interpreter: str, program: Path, server: StreamerServer) -> None:
+    status, _, errors = await read_in_node(interpreter, program, server, {"dataset": "nowhere", "batch_size": 10})
 
     assert status == 1
     assert "5 NOT_FOUND: dataset: there is no 'nowhere'; known are mnist" in errors

@@ -21,7 +21,7 @@ from streamer.metrics import StreamerMetrics
 from streamer.order import Share
 from streamer.plan import Plan
 from streamer.server import StreamerServer
-from streamer.servicer import StreamerServicer, _Reading, _Writing
+from streamer.servicer import StreamerServicer, _Wanted, _Writing
 from streamer.settings import StreamerSettings
 from streamer.sources.split import MemoryDataset
 from streamer.sources.tally import Tally
@@ -187,7 +187,7 @@ class Context:
 def test_indices_of_a_batch_are_its_own_where_those_of_the_one_before_were_too_large_to_be_packed(
     dataset: MemoryDataset,
 ) -> None:
-    writing = _Writing(_Reading(Plan(dataset="mnist"), dataset.splits["train"], AS_STORED, iter(())))
+    writing = _Writing(_Wanted(Plan(dataset="mnist"), dataset.splits["train"], AS_STORED, iter(())))
     for wanted in ([1, 2], [2**28, 3], [5, 6]):
         indices = np.array(wanted)
         share, nothing = Share(0, 2, 0, 2, end_of_epoch=False), np.zeros(2, np.uint8)

@@ -123,6 +123,18 @@ def test_best_and_the_two_newest_are_kept(tmp_path: Path) -> None:
     assert checkpoint.read(tmp_path / "last").state.step == 5
 
 
+@pytest.mark.parametrize("best", [1, 3, None])
+def test_finished_run_keeps_what_it_had_learnt_and_no_more(tmp_path: Path, best: int | None) -> None:
+    for step in (1, 2, 3):
+        parts = {"weights": {"a": torch.zeros(1)}, "average": {"a": torch.full((1,), step)}, "optimizer": {}}
+        checkpoint.keep(tmp_path, parts, state(step), is_best=step == best)
+    checkpoint.keep_learnt(tmp_path)
+    saved = checkpoint.read(tmp_path / "best")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", f"best-0000000{best or 3}"]
+    assert (saved.state.step, saved.parts) == (best or 3, {"weights": {"a": torch.full((1,), best or 3)}})
+
+
 def test_folder_of_a_run_stands_for_its_best_checkpoint(tmp_path: Path) -> None:
     network = Network()
     for step in (1, 2):

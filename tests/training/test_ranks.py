@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from streamer.proof import Verdict, verify
-from tests.training.ranked import LEDGER, ROOT, Watching, run
+from tests.training.ranked import LEDGER, ROOT, Watching, environments, run
 from training import checkpoint, randomness
 from training.config import BudgetConfig, TrainConfig
 from training.errors import RankError
@@ -80,6 +80,19 @@ def test_two_ranks_come_to_what_one_comes_to(streamer: str, tmp_path: Path) -> N
     assert_same(tmp_path / "two", tmp_path / "one")
     verdict = verdict_of(tmp_path / "two")
     assert (verdict.is_clean, verdict.committed, verdict.epochs, verdict.files) == (True, 50, 2, 2)
+
+
+def test_norms_of_all_ranks_count_the_same_without_being_sent() -> None:
+    command = [sys.executable, "-m", "tests.training.counted"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=os.environ | place, stdout=subprocess.PIPE, text=True)
+        for place in environments(2)
+    ]
+    first, second = (json.loads(process.communicate()[0]) for process in processes)
+
+    assert first["sent"] is second["sent"] is False
+    assert first["buffers"] == second["buffers"]
+    assert first["buffers"]["norm1.num_batches_tracked"] == 3
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import torch
 from streamer.client import SplitInfo
 from streamer.errors import UnreachableError
 from streamer.proof import verify
+from tests.streamers import streaming
 from training import checkpoint, reading, run
 from training.config import BudgetConfig, DataConfig, TrainConfig
 from training.errors import ConfigError, TrainingError
@@ -29,7 +30,8 @@ class Silent:
 
     def validated(self, step: Step, evaluation: Evaluation) -> None: ...
 
-    def evaluated(self, evaluation: Evaluation) -> None: ...
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None:
+        self.judged = split.name
 
 
 def config(streamer: str, dataset: str = "mnist") -> TrainConfig:
@@ -44,6 +46,7 @@ def test_run_leaves_a_checkpoint_and_a_published_version(tmp_path: Path, streame
     result = run.train(config(streamer), repository=tmp_path / "models", runs=tmp_path / "runs", observer=observer)
     kept = checkpoint.load(result.folder)
 
+    assert [path.parent.name for path in result.folder.glob("checkpoints/best-*/*.safetensors")] == ["best-00000006"]
     assert (tmp_path / "models" / "mnist" / "1" / "model.pt").is_file()
     assert result.card.dataset.num_train == 40
     assert result.card.metrics["accuracy"] == result.evaluation.accuracy
@@ -81,8 +84,34 @@ def test_data_set_the_streamer_does_not_have_is_named(tmp_path: Path, streamer: 
 
 def test_streamer_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "_CONNECT_SECONDS", 0.2)
+    repository, runs = tmp_path / "models", tmp_path / "runs"
     with pytest.raises(UnreachableError, match=r"127.0.0.1:1"):
-        run.train(config("127.0.0.1:1"), repository=tmp_path, runs=tmp_path, observer=Silent())
+        run.train(config("127.0.0.1:1"), repository=repository, runs=runs, observer=Silent())
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_without_a_test_split_is_measured_on_validation_and_says_so(tmp_path: Path, tiny_mnist: Path) -> None:
+    for file in tiny_mnist.glob("train-*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    told = list[str]()
+    with streaming(f"bare={tmp_path}") as streamer:
+        bare = overridden(config(streamer, "bare"), {"budget.max_epochs": 1})
+        with pytest.raises(TrainingError, match=r"no test split, and data\.validation_split is empty"):
+            run.train(bare, repository=tmp_path / "models", runs=tmp_path / "runs", observer=Silent())
+        assert not (tmp_path / "runs").exists()
+        bare = overridden(bare, {"data.validation_split": "train[90%:]"})
+        observer = Silent()
+        result = run.train(
+            bare, repository=tmp_path / "models", runs=tmp_path / "runs", observer=observer, report=told.append
+        )
+
+    assert told == [
+        "bare has no test split: the network is measured on train[90%:], which also chooses its epoch and its "
+        "temperature; expect less of new images"
+    ]
+    assert (observer.judged, result.evaluation.num_samples) == ("train[90%:]", 4)
+    assert "There is no test split" in (result.folder / "report.html").read_text()
 
 
 def test_validation_split_chooses_and_is_no_part_of_the_training(tmp_path: Path, streamer: str) -> None:

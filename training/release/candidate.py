@@ -25,6 +25,7 @@ def draft(
     Fit the temperature on the validation split, then measure the calibrated network on the test split.
 
     Without a validation split the temperature is 1, and the test split's images have to judge a lower precision.
+    Without a test split the validation split is measured on, too.
 
     Args:
         network: On the device to measure it on, without norms; put into evaluation mode.
@@ -35,18 +36,18 @@ def draft(
         precision: To be exported in.
 
     Raises:
-        TrainingError: An answer is not finite.
+        TrainingError: An answer is not finite, or there is no split to measure on.
         streamer.errors.StreamerError: A stream broke for good.
     """
     assessment = assess(
         NetworkSubject(network),
-        batches_of(config, data.test),
+        batches_of(config, data.judging),
         validation=batches_of(config, data.validation) if data.validation else (),
         fitted_on=data.validation.name if data.validation else "",
         source=source,
         kind="checkpoint",
         dataset=data.dataset.name,
-        split=data.test,
+        split=data.judging,
         class_names=data.class_names,
     )
     return drafted(assessment, data, name=name, precision=precision), assessment

@@ -23,7 +23,7 @@ _OWN_FIELDS = frozenset(
     ("name", "seed", "data.streamer", "data.dataset", "data.train_split", "data.validation_split", "data.test_split")
 )
 _OWN_SECTIONS = ("budget.", "checkpoint.")
-# Of a trial, in all its epochs: a network that saw fewer has hardly begun. As of a run's budget.
+# Of a trial, in all its epochs: a network that saw fewer has hardly begun.
 _LEAST_SAMPLES = 40_000
 _MOST_EPOCHS = 100
 
@@ -327,6 +327,8 @@ def command(search: Search, trial: Trial) -> str:
     words = ["sluice", "train", "--recipe", search.recipe, "--epochs", str(search.budget.epochs)]
     if search.streamer is not None:
         words += ["--streamer", search.streamer]
+    if search.data is not None:
+        words += ["--data", str(search.data)]
     usual = dict(_flat(RECIPES[search.recipe]().model_dump()))
     own = {"seed": search.seed, **splits(search)}
     fields: dict[str, Value] = {"name": search.name, "data.dataset": search.dataset}

@@ -111,7 +111,7 @@ class _Reporter:
         scores = {"validation_accuracy": evaluation.accuracy, "validation_loss": evaluation.loss}
         tune.report({EPOCH: step.epoch + 1, **scores})
 
-    def evaluated(self, evaluation: Evaluation) -> None:
+    def evaluated(self, evaluation: Evaluation, split: SplitInfo) -> None:
         """Nothing to tell: the test split chooses nothing."""
 
 

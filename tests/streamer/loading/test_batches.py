@@ -182,6 +182,7 @@ def test_rank_of_torch_distributed_reaches_spawned_workers(streamer: str, tmp_pa
         ({"WORLD_SIZE": "2"}, "RANK in the environment: missing"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK in the environment: 'x'; a whole number from 0 on"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK in the environment: '-1'; a whole number from 0 on"),
+        ({"RANK": "1_0", "WORLD_SIZE": "20"}, "RANK in the environment: '1_0'; a whole number from 0 on"),
         ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE in the environment: '0'; a whole number from 1 on"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK in the environment: 2; 0 to 1 are allowed"),
     ],
