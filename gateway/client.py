@@ -27,10 +27,14 @@ from gateway.asking.failures import (
     ModelNotFoundError,
     ModelUnavailableError,
     OverloadedError,
+    PermissionDeniedError,
+    SecureConnectionError,
     ServerError,
     ServerUnreachableError,
     TooLargeError,
+    UnauthenticatedError,
     error_of,
+    insecure,
     unreachable,
 )
 from gateway.asking.inputs import (
@@ -45,10 +49,14 @@ from gateway.asking.inputs import (
 )
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc.access import key_metadata
+from rpc.diagnosis import Diagnosis
+from rpc.tls import ClientTls
 
 __all__ = [
     "Classification",
     "ClientError",
+    "ClientTls",
     "Comparison",
     "DeadlineError",
     "Embedding",
@@ -61,11 +69,14 @@ __all__ = [
     "ModelNotFoundError",
     "ModelUnavailableError",
     "OverloadedError",
+    "PermissionDeniedError",
     "Polarity",
     "Prediction",
+    "SecureConnectionError",
     "ServerError",
     "ServerUnreachableError",
     "SimilarityMethod",
+    "UnauthenticatedError",
 ]
 
 
@@ -89,6 +100,12 @@ class ImageClient:
         model: Asked where a call names none; empty is the gateway's default.
         version: Asked where a call names none; 0 is the gateway's choice.
         timeout_seconds: Of a call that brings none of its own, retries included.
+        tls: How the gateway is known, and this client to it; ``ClientTls()`` trusts the system's authorities, and
+            None is plaintext.
+        api_key: Shown with each call, over TLS or to this machine alone.
+
+    Raises:
+        SettingsError: The key would leave this machine readable; a TLS file cannot be used, said on opening.
     """
 
     def __init__(
@@ -98,15 +115,20 @@ class ImageClient:
         model: str = "",
         version: int = 0,
         timeout_seconds: float = 10.0,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
     ) -> None:
         self.address = address
         self._model = model
         self._version = version
         self._timeout_seconds = timeout_seconds
+        self._tls = tls
+        self._metadata = key_metadata(api_key, address, tls)
+        self._diagnosis = Diagnosis(address, tls)
         self._open_channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
-        self._open_channel = open_channel(self.address)
+        self._open_channel = open_channel(self.address, self._tls)
         self._stub = image_service_pb2_grpc.ImageServiceStub(self._open_channel)
         return self
 
@@ -148,7 +170,9 @@ class ImageClient:
             InvalidInputError: The image or an option is not usable.
             ModelNotFoundError: No such model or version.
             ModelUnavailableError: No model can answer now.
-            ServerUnreachableError: Nobody answers at the address.
+            ServerUnreachableError: Nobody answers at the address, or, as SecureConnectionError, TLS fails.
+            UnauthenticatedError: The gateway wants an API key, or another one.
+            PermissionDeniedError: The API key lacks the call's scope.
             OverloadedError: Refused; carries when to try again.
             DeadlineError: No answer in time.
             ServerError: The gateway or its model failed.
@@ -288,7 +312,7 @@ class ImageClient:
                     f"the gateway at {self.address} answers, but no inference worked within {seconds:g} s; "
                     "is Triton running, and is a model trained (`sluice train`)?"
                 ) from None
-            raise unreachable(self.address, f"no connection within {seconds:g} s") from None
+            raise await self._unreachable(f"no connection within {seconds:g} s") from None
 
     async def _classify_part(
         self, messages: Sequence[pb.Image], start: int, options: pb.ClassifyBatchRequest, timeout_seconds: float | None
@@ -308,13 +332,21 @@ class ImageClient:
 
     async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
-        call = method(request, timeout=seconds)
+        call = method(request, timeout=seconds, metadata=self._metadata)
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise error_of(self.address, error, seconds=seconds) from error
+            meant = error_of(self.address, error, seconds=seconds)
+            if isinstance(meant, ServerUnreachableError) and error.code() is grpc.StatusCode.UNAVAILABLE:
+                meant = await self._unreachable(error.details() or error.code().name)
+            raise meant from error
         finally:
             call.cancel()
+
+    async def _unreachable(self, details: str) -> ServerUnreachableError:
+        """Look whether TLS is the cause: gRPC says as much of a handshake that failed as of a machine that is off."""
+        problem = await self._diagnosis.problem()
+        return unreachable(self.address, details) if problem is None else insecure(self.address, problem)
 
     def _asked(self, model: str | None, version: int | None) -> _Asked:
         return {

@@ -67,6 +67,8 @@ class LoadedVersion(Protocol):
     def embedding_width(self) -> int: ...  # noqa: D102 - the class says it
     @property
     def max_batch_size(self) -> int: ...  # noqa: D102 - the class says it
+    @property
+    def num_instances(self) -> int: ...  # noqa: D102 - the class says it
 
 
 class Source(Protocol):
@@ -95,6 +97,8 @@ class ServedVersion:
     max_batch_size: int
     """Most images Triton takes in one request."""
     card: Card
+    num_instances: int = 1
+    """How many requests Triton runs at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +242,15 @@ def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
     names = card.class_names
     if len(names) != loaded.num_classes:
         names = tuple(str(index) for index in range(loaded.num_classes))
-    return ServedVersion(loaded.name, loaded.version, names, loaded.embedding_width, loaded.max_batch_size, card)
+    return ServedVersion(
+        loaded.name,
+        loaded.version,
+        names,
+        loaded.embedding_width,
+        loaded.max_batch_size,
+        card,
+        num_instances=loaded.num_instances,
+    )
 
 
 def _read_card(repository: Path, name: str, version: int) -> Card | str | None:

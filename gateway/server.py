@@ -12,21 +12,30 @@ import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from PIL import Image
+from tritonclient.grpc import service_pb2_grpc
 
+from gateway import passthrough
 from gateway.admission import Admission
+from gateway.fleet import Fleet
 from gateway.images import Limits
+from gateway.lanes import Lanes
 from gateway.metrics import GatewayMetrics
 from gateway.models import Catalog
+from gateway.passthrough import PassthroughServicer
 from gateway.probe import Probe
+from gateway.scopes import NEEDS
 from gateway.servicer import ImageServicer
 from gateway.settings import GatewaySettings
-from gateway.triton import Triton
 from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
-from rpc.address import joined
+from rpc.access import Access, identity
+from rpc.address import is_loopback, joined
 from rpc.health import MAX_WATCHERS, Health
 from rpc.interceptor import Guard
+from rpc.keys import Keyring
 from rpc.lifecycle import bind, run_until_signalled
+from rpc.settings import SettingsError
 from rpc.telemetry import Endpoint
+from rpc.tls import server_credentials
 
 log = structlog.get_logger(__name__)
 
@@ -40,6 +49,7 @@ _METRICS_PORT_OPTION = "--metrics-port or SLUICE_GATEWAY_METRICS_PORT"
 _SPARE_RPCS = MAX_WATCHERS + 128
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
 _LEFT_CALLS_SECONDS = 2.0
+_NEVER = 2**31 - 1
 
 
 class GatewayServer:
@@ -62,8 +72,10 @@ class GatewayServer:
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
         self._health = Health(["", SERVICE])
-        self._admission = Admission(settings.max_in_flight)
-        self._metrics = GatewayMetrics(_DESCRIPTOR, admission=self._admission, health=self._health)
+        self._admission = Admission(settings.max_in_flight, settings.max_in_flight_bytes)
+        self._metrics = GatewayMetrics(
+            [_DESCRIPTOR, passthrough.DESCRIPTOR], admission=self._admission, health=self._health
+        )
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -96,17 +108,29 @@ class GatewayServer:
 
         # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel; the
         # metrics go last, so that a drain can be watched.
-        triton = Triton(settings.triton, control_timeout_seconds=settings.probe_timeout_seconds)
-        stack.push_async_callback(triton.close, min(settings.drain_seconds, _LEFT_CALLS_SECONDS))
+        fleet = Fleet(settings.triton_addresses(), control_timeout_seconds=settings.probe_timeout_seconds)
+        left_seconds = min(settings.drain_seconds, _LEFT_CALLS_SECONDS)
+        stack.push_async_callback(fleet.close, left_seconds)
+        lanes = Lanes(
+            fleet.asking,
+            timeout_seconds=settings.upstream_timeout_seconds,
+            batches_per_instance=settings.batches_per_instance,
+            joins=settings.single_flight,
+            on_batch=self._metrics.observe_batch,
+        )
+        stack.push_async_callback(lanes.drained, left_seconds)
+        self._metrics.watch(lanes, fleet)
         decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
-        catalog = Catalog(triton, repository=settings.model_repository, default_model=settings.default_model)
+        catalog = Catalog(fleet, repository=settings.model_repository, default_model=settings.default_model)
         probe = Probe(
             catalog,
-            triton,
+            fleet,
             self._health,
+            service=SERVICE,
             interval_seconds=settings.probe_interval_seconds,
             timeout_seconds=settings.probe_timeout_seconds,
+            on_failure=lanes.fail_waiting,
         )
         stack.push_async_callback(probe.stop)
 
@@ -117,16 +141,30 @@ class GatewayServer:
         servicer = ImageServicer(
             catalog=catalog,
             admission=self._admission,
-            triton=triton,
+            lanes=lanes,
+            require=probe.require,
             decoders=decoders,
             limits=Limits(settings.max_image_bytes, settings.max_pixels),
             max_batch_images=settings.max_batch_images,
+            stream_window=settings.stream_window,
+            on_upstream_error=on_upstream_error,
+        )
+        passing = PassthroughServicer(
+            upstream=fleet,
+            admission=self._admission,
+            identity=identity,
+            require=probe.require,
+            is_ready=lambda: self._health.is_serving,
+            is_model_ready=probe.is_serving,
             upstream_timeout_seconds=settings.upstream_timeout_seconds,
             on_upstream_error=on_upstream_error,
         )
         image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(passing, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection((SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection(
+            (SERVICE, passthrough.SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
+        )
 
         stack.push_async_callback(server.stop, settings.drain_seconds)
         await server.start()
@@ -134,16 +172,17 @@ class GatewayServer:
 
     def _listen(self, stack: AsyncExitStack) -> grpc.aio.Server:
         settings = self._settings
+        credentials, access = _credentials(settings), _access(settings)
         endpoint = Endpoint(self._metrics.registry, settings.host, settings.metrics_port, option=_METRICS_PORT_OPTION)
         stack.callback(endpoint.close)
         self.metrics_url = endpoint.url
-        self.guard = Guard(self._metrics.methods)
+        self.guard = Guard(self._metrics.methods, access=access)
         server = grpc.aio.server(
             interceptors=(self.guard,),
             options=_options(settings),
             maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
         )
-        port = bind(server, settings.host, settings.port, option=_PORT_OPTION)
+        port = bind(server, settings.host, settings.port, option=_PORT_OPTION, credentials=credentials)
         self.address = joined(settings.host, port)
         self.grpc_server = server
         return server
@@ -159,6 +198,7 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
 
     Raises:
         PortTakenError: An address cannot be bound.
+        SettingsError: TLS files or keys cannot be used, or are missing where plaintext would leave this machine.
     """
     async with GatewayServer(settings) as gateway:
         log.info("listening", address=gateway.address, metrics=gateway.metrics_url)
@@ -172,16 +212,50 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
         )
 
 
+def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
+    tls = settings.tls
+    if tls is not None:
+        return server_credentials(tls)
+    if is_loopback(settings.host):
+        return None
+    if not settings.insecure:
+        raise SettingsError(
+            f"host = {settings.host}: beyond loopback the gateway needs tls_cert and tls_key; `insecure` does without, "
+            "in a network that you trust"
+        )
+    if settings.keys_file is not None:
+        log.warning("API keys can be read on their way: there is no TLS", host=settings.host)
+    return None
+
+
+def _access(settings: GatewaySettings) -> Access | None:
+    return None if settings.keys_file is None else Access(Keyring(settings.keys_file), NEEDS)
+
+
+def _milliseconds(seconds: float) -> int:
+    """Return a time as gRPC takes it, which has a large number for never."""
+    return round(seconds * 1000) if seconds else _NEVER
+
+
 def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
     return [
         # Two gateways on one port would share its callers unnoticed.
         ("grpc.so_reuseport", 0),
         # Limits
         ("grpc.max_receive_message_length", settings.max_message_bytes),
-        ("grpc.server_handshake_timeout_ms", 5_000),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_connection_calls),
+        # The first is where gRPC begins to refuse some at random, the second where it refuses all.
+        ("grpc.max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", settings.max_metadata_bytes),
+        ("grpc.server_handshake_timeout_ms", round(settings.handshake_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", _milliseconds(settings.connection_idle_seconds)),
+        ("grpc.max_connection_age_ms", _milliseconds(settings.connection_age_seconds)),
+        ("grpc.max_connection_age_grace_ms", _milliseconds(settings.connection_grace_seconds)),
         # Peers that are gone without a word are noticed; peers that check on us themselves are welcome.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

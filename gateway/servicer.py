@@ -3,15 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from functools import partial, wraps
 from itertools import chain
 from typing import Any, NoReturn, TypeVar
 
 import grpc
 import numpy as np
-from numpy.typing import NDArray
 
 from gateway.admission import Admission, Slot
+from gateway.coalesce import OF_ONE_IMAGE, Lane, Rows
+from gateway.conversation import converse
 from gateway.errors import (
     GatewayError,
     InvalidImageError,
@@ -27,13 +29,15 @@ from gateway.errors import (
     UpstreamUnavailableError,
 )
 from gateway.images import Limits, Picture, open_encoded, open_raw
+from gateway.lanes import Lanes
 from gateway.models import Card, Catalog, ServedVersion
 from gateway.similarity import PIXEL_METHODS, Method, cosine
-from gateway.triton import EMBEDDING, PROBABILITIES, Output, Rows, Triton, answer
+from gateway.triton import EMBEDDING, PROBABILITIES, Output
 from imaging.decoding import Pixels
 from imaging.framing import Framing, Manner, Polarity
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc.access import identity
 
 Context = grpc.aio.ServicerContext[Any, Any]
 InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedRequest | pb.CompareRequest
@@ -71,6 +75,8 @@ _INLINE_BYTES = 64 * 1024
 _INLINE_PIXELS = 128 * 128
 # Images of a batch that share one hop.
 _CHUNK = 32
+# Longest that an image of a stream waits to be let in.
+_ROOM_SECONDS = 10.0
 
 
 # A version went away and the caller did not ask for that one: the next best answers. Twice, as the first look may have
@@ -84,14 +90,10 @@ def _answering(
     @wraps(method)
     async def answered(self: Any, request: Request, context: Context) -> Response:
         try:
-            for _ in range(_REPLACEMENTS):
-                try:
-                    return await method(self, request, context)
-                except ReplacedError:
-                    await self._catalog.refresh()
-            return await method(self, request, context)
+            response: Response = await self._whatever_is_replaced(partial(method, self, request, context))
         except GatewayError as error:
             await _abort(context, error)
+        return response
 
     return answered
 
@@ -103,11 +105,12 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
     Args:
         catalog: What can be asked for.
         admission: How much at once.
-        triton: Where inferences go.
+        lanes: Where inferences go.
+        require: Raises where a model is known not to answer, by its name.
         decoders: Runs what takes longer than the event loop should be held up.
         limits: Of one image.
         max_batch_images: Of one ClassifyBatch.
-        upstream_timeout_seconds: Longest wait for an inference, whatever the caller's deadline.
+        stream_window: Images of one ClassifyStream that are read and were not answered yet.
         on_upstream_error: Called when an inference failed, so that readiness is looked at again.
     """
 
@@ -116,54 +119,48 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         *,
         catalog: Catalog,
         admission: Admission,
-        triton: Triton,
+        lanes: Lanes,
+        require: Callable[[str], None],
         decoders: Executor,
         limits: Limits,
         max_batch_images: int,
-        upstream_timeout_seconds: float,
+        stream_window: int,
         on_upstream_error: Callable[[], None],
     ) -> None:
         self._catalog = catalog
         self._admission = admission
-        self._triton = triton
+        self._lanes = lanes
+        self._require = require
         self._decoders = decoders
         self._limits = limits
         self._max_batch_images = max_batch_images
-        self._upstream_timeout_seconds = upstream_timeout_seconds
+        self._stream_window = stream_window
         self._on_upstream_error = on_upstream_error
 
     @_answering
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Classify one image."""
-        _require(request, "image")
-        model = await self._catalog.find(request.model, request.model_version)
-        num_top = _num_top(request, model)
-        with self._admission.enter(1) as slot:
-            pixels = await self._read(request.image, model.card, field="image")
-            rows = await self._infer(model, pixels[np.newaxis], PROBABILITIES, slot, request, context)
-        top = _top(rows, num_top, model)[0]
-        return pb.ClassifyResponse(prediction=top[0], top=top, model=model.name, model_version=model.version)
+        return await self._classify(request, context)
 
     @_answering
     async def ClassifyBatch(self, request: pb.ClassifyBatchRequest, context: Context) -> pb.ClassifyBatchResponse:
-        """Classify many images; one that cannot be read fails alone."""
+        """Classify many images; one that cannot be read, or at which the model fails, fails alone."""
         if not 1 <= len(request.images) <= self._max_batch_images:
             raise InvalidRequestError(
                 "images", f"{len(request.images)} images; allowed are 1..{self._max_batch_images}"
             )
         model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
-        with self._admission.enter(len(request.images)) as slot:
+        lane = self._lane(model, PROBABILITIES)
+        num_bytes = sum(map(_num_bytes, request.images))
+        with self._enter(len(request.images), num_bytes, context, lane) as slot:
             read = await self._read_all(request.images, model.card)
             good = [one for one in read if not isinstance(one, InvalidImageError)]
-            tops: list[list[pb.Prediction]] = []
-            if good:
-                rows = await self._infer(model, np.stack(good), PROBABILITIES, slot, request, context)
-                tops = _top(rows, num_top, model)
-        answers = iter(tops)
+            rows = iter(await self._ask(lane, good, slot, request, context) if good else ())
+        answers = [one if isinstance(one, InvalidImageError) else next(rows) for one in read]
         results = [
-            _failure(one.within(f"images[{index}]")) if isinstance(one, InvalidImageError) else _success(next(answers))
-            for index, one in enumerate(read)
+            _failure(one, index) if isinstance(one, GatewayError) else _success(_top(one, num_top, model))
+            for index, one in enumerate(answers)
         ]
         return pb.ClassifyBatchResponse(results=results, model=model.name, model_version=model.version)
 
@@ -174,24 +171,27 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         model = await self._catalog.find(request.model, request.model_version)
         if not model.embedding_width:
             raise InvalidRequestError("model", _without_embedding(model))
-        with self._admission.enter(1) as slot:
+        lane = self._lane(model, EMBEDDING)
+        with self._enter(1, _num_bytes(request.image), context, lane) as slot:
             pixels = await self._read(request.image, model.card, field="image")
-            rows = await self._infer(model, pixels[np.newaxis], EMBEDDING, slot, request, context)
-        return pb.EmbedResponse(vector=rows[0].tolist(), model=model.name, model_version=model.version)
+            (row,) = await self._ask(lane, (pixels,), slot, request, context)
+        if isinstance(row, GatewayError):
+            raise row
+        return pb.EmbedResponse(vector=row.tolist(), model=model.name, model_version=model.version)
 
     @_answering
     async def Compare(self, request: pb.CompareRequest, context: Context) -> pb.CompareResponse:
-        """Score how alike two images are; where that takes the model, both go to it in one request."""
+        """Score how alike two images are; where that takes the model, both are asked at once."""
         _require(request, "first", "second")
         model = await self._catalog.find(request.model, request.model_version)
         number, method = _method(request, model)
-        with self._admission.enter(2) as slot:
+        lane = self._lane(model, EMBEDDING) if method == "embedding_cosine" else None
+        num_bytes = _num_bytes(request.first) + _num_bytes(request.second)
+        with self._enter(2, num_bytes, context, lane) as slot:
             first = await self._read(request.first, model.card, field="first")
             second = await self._read(request.second, model.card, field="second")
-            if method == "embedding_cosine":
-                rows = await self._infer(model, np.stack((first, second)), EMBEDDING, slot, request, context)
-                # Rows of equal images may differ in their last bit.
-                score = 1.0 if np.array_equal(first, second) else cosine(rows[0], rows[1])
+            if lane is not None:
+                score = _alike(first, second, await self._ask(lane, (first, second), slot, request, context))
             else:
                 score = PIXEL_METHODS[method](first, second)
         return pb.CompareResponse(score=score, method=number, model=model.name, model_version=model.version)
@@ -216,48 +216,109 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
     async def ClassifyStream(
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Context
     ) -> AsyncIterator[pb.ClassifyStreamResponse]:
-        """Answer UNIMPLEMENTED."""
-        await context.abort(
-            grpc.StatusCode.UNIMPLEMENTED, "ClassifyStream is not served by this version; every other RPC is"
-        )
-        yield
+        """Classify images as they come; what is wrong with one is told in its place."""
+        answer = partial(self._classify_streamed, context)
+        async with aclosing(converse(request_iterator, answer, window=self._stream_window)) as answers:
+            async for response in answers:
+                yield response
 
-    async def _infer(
-        self,
-        model: ServedVersion,
-        images: NDArray[np.uint8],
-        output: Output,
-        slot: Slot,
-        request: InferenceRequest,
-        context: Context,
-    ) -> Rows:
-        """Infer within the caller's time; a call that is left behind keeps its place in admission to its end."""
-        seconds = self._upstream_timeout_seconds
-        if (remaining := context.time_remaining()) is not None:
-            seconds = min(seconds, remaining)
-        if seconds <= 0:
-            raise UpstreamTimeoutError("the deadline passed before the inference began")
-        call = self._triton.infer(
-            model.name,
-            model.version,
-            images,
-            output,
-            width=model.embedding_width if output is EMBEDDING else len(model.class_names),
-            max_batch_size=model.max_batch_size,
-        )
-        slot.hold()
-        call.add_done_callback(lambda _: slot.release())
+    async def _classify_streamed(
+        self, context: Context, request: pb.ClassifyStreamRequest
+    ) -> pb.ClassifyStreamResponse:
+        classify = partial(self._classify, request.request, context)
         try:
-            return await answer(call, seconds)
-        except UnknownVersionError as error:
-            self._on_upstream_error()
-            if request.model_version:
-                raise
-            # The caller did not choose the version that just went away.
-            raise ReplacedError(f"{model.name} is being replaced; try again") from error
+            response = await self._when_there_is_room(partial(self._whatever_is_replaced, classify))
+        except GatewayError as error:
+            return pb.ClassifyStreamResponse(
+                id=request.id, result=pb.ClassifyResult(code=_status(error).value[0], error=str(error))
+            )
+        return pb.ClassifyStreamResponse(
+            id=request.id, result=pb.ClassifyResult(prediction=response.prediction, top=response.top),
+            model=response.model, model_version=response.model_version,
+        )  # fmt: skip
+
+    async def _classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+        _require(request, "image")
+        model = await self._catalog.find(request.model, request.model_version)
+        num_top = _num_top(request, model)
+        lane = self._lane(model, PROBABILITIES)
+        with self._enter(1, _num_bytes(request.image), context, lane) as slot:
+            pixels = await self._read(request.image, model.card, field="image")
+            (row,) = await self._ask(lane, (pixels,), slot, request, context)
+        if isinstance(row, GatewayError):
+            raise row
+        top = _top(row, num_top, model)
+        return pb.ClassifyResponse(prediction=top[0], top=top, model=model.name, model_version=model.version)
+
+    async def _whatever_is_replaced(self, ask: Callable[[], Awaitable[Response]]) -> Response:
+        for _ in range(_REPLACEMENTS):
+            try:
+                return await ask()
+            except ReplacedError:
+                await self._catalog.refresh()
+        return await ask()
+
+    async def _when_there_is_room(self, ask: Callable[[], Awaitable[Response]]) -> Response:
+        """Ask again while it is refused for want of room: a stream is slowed down where a call is sent away."""
+        end = asyncio.get_running_loop().time() + _ROOM_SECONDS
+        while True:
+            try:
+                return await ask()
+            except OverloadedError as error:
+                if asyncio.get_running_loop().time() + error.retry_after_seconds > end:
+                    raise
+                await asyncio.sleep(error.retry_after_seconds)
+
+    def _lane(self, model: ServedVersion, output: Output) -> Lane:
+        self._require(model.name)
+        return self._lanes.of(model, output)
+
+    def _enter(self, num_images: int, num_bytes: int, context: Context, lane: Lane | None) -> Slot:
+        return self._admission.enter(
+            num_images,
+            num_bytes=num_bytes,
+            identity=identity(context),
+            remaining_seconds=context.time_remaining(),
+            expected_seconds=lane.expected_seconds(num_images) if lane is not None else 0.0,
+        )
+
+    async def _ask(
+        self, lane: Lane, images: Sequence[Pixels], slot: Slot, request: InferenceRequest, context: Context
+    ) -> list[Rows | GatewayError]:
+        """
+        Return the model's row for each image, or why it has none.
+
+        A caller that goes leaves its images behind: those that are at Triton keep their place in admission.
+
+        Raises:
+            GatewayError: There is an answer to none of them.
+        """
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+        pixels = [image.tobytes() for image in images]
+        slot.hold()
+        ask = lane.ask(pixels, slot, identity=identity(context), deadline=deadline)
+        try:
+            answers = await ask.future
+        except asyncio.CancelledError:
+            lane.leave(ask)
+            raise
         except UpstreamError:
             self._on_upstream_error()
             raise
+        errors = [answer for answer in answers if isinstance(answer, GatewayError)]
+        if errors:
+            self._on_upstream_error()
+            self._raise_for_all(errors, len(answers), request)
+        return answers
+
+    def _raise_for_all(self, errors: Sequence[GatewayError], num_images: int, request: InferenceRequest) -> None:
+        for error in errors:
+            if isinstance(error, UnknownVersionError) and not request.model_version:
+                # The caller did not choose the version that just went away.
+                raise ReplacedError("the model is being replaced; try again") from error
+            if len(errors) == num_images or not isinstance(error, OF_ONE_IMAGE):
+                raise error
 
     async def _read(self, image: pb.Image, card: Card, *, field: str) -> Pixels:
         """Read the image that the request holds in ``field``."""
@@ -378,21 +439,28 @@ def _num_top(request: pb.ClassifyRequest | pb.ClassifyBatchRequest, model: Serve
     return request.top_k or 1
 
 
-def _top(rows: Rows, num_top: int, model: ServedVersion) -> list[list[pb.Prediction]]:
-    """For each row its most probable classes, best first; of equals the lower index first."""
-    if num_top == 1:
-        labels = rows.argmax(axis=1)[:, np.newaxis]
-    else:
-        labels = np.argsort(-rows, axis=1, kind="stable")[:, :num_top]
-    return [
-        [pb.Prediction(label=label, name=model.class_names[label], probability=row[label]) for label in chosen]
-        for row, chosen in zip(rows, labels.tolist(), strict=True)
-    ]
+def _top(row: Rows, num_top: int, model: ServedVersion) -> list[pb.Prediction]:
+    """Return the most probable classes, best first; of equals the lower index first."""
+    chosen = [int(row.argmax())] if num_top == 1 else np.argsort(-row, kind="stable")[:num_top].tolist()
+    return [pb.Prediction(label=label, name=model.class_names[label], probability=row[label]) for label in chosen]
+
+
+def _alike(first: Pixels, second: Pixels, rows: Sequence[Rows | GatewayError]) -> float:
+    for row in rows:
+        if isinstance(row, GatewayError):
+            raise row
+    # Rows of equal images may differ in their last bit.
+    return 1.0 if np.array_equal(first, second) else cosine(rows[0], rows[1])  # type: ignore[arg-type]  # no errors
 
 
 def _success(top: list[pb.Prediction]) -> pb.ClassifyResult:
     return pb.ClassifyResult(prediction=top[0], top=top)
 
 
-def _failure(error: InvalidImageError) -> pb.ClassifyResult:
-    return pb.ClassifyResult(code=_status(error).value[0], error=str(error))
+def _failure(error: GatewayError, index: int) -> pb.ClassifyResult:
+    told = error.within(f"images[{index}]") if isinstance(error, InvalidImageError) else f"images[{index}]: {error}"
+    return pb.ClassifyResult(code=_status(error).value[0], error=str(told))
+
+
+def _num_bytes(image: pb.Image) -> int:
+    return len(image.encoded) or len(image.raw.pixels)

@@ -2,7 +2,7 @@
 Triton behind one channel: what it has ready, and images in, probabilities or embeddings out.
 
 Triton 2.51 may crash when a ModelInfer is cancelled or its deadline passes (server#7368, server#8034). So none gets
-a deadline here and none is cancelled: it runs in a task of its own, and whoever waits for it may leave.
+a deadline here and none is cancelled: who sends one stays to its end, and its callers wait elsewhere.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import numpy as np
 import structlog
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
@@ -30,10 +31,11 @@ from gateway.errors import (
 log = structlog.get_logger(__name__)
 
 Rows = NDArray[np.float32]
-Inference = asyncio.Task[Rows]
 
 # Names follow libtorch's rule: inputs by forward's argument, outputs by __index.
 _INPUT, _INPUT_DIMS = "image", [1, 28, 28]
+_MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+_RAW_INPUT_KEY = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 _TOLERANCE = 1e-3
 
 
@@ -45,32 +47,35 @@ class Output:
     """Name of Triton's tensor."""
     promise: str
     """What :attr:`holds` tells, in words."""
-    holds: Callable[[Rows], bool]
-    """NaN and infinity fail it: they fail every comparison."""
+    holds: Callable[[Rows], NDArray[np.bool_]]
+    """Rows, shape (N, width), to whether it holds for each, shape (N,). NaN fails it: it fails every comparison."""
 
 
 PROBABILITIES = Output(
     "probabilities__0",
     "probabilities that sum to 1",
-    lambda rows: bool((np.abs(rows.sum(axis=1) - 1) <= _TOLERANCE).all() and rows.min() >= 0),
+    lambda rows: (np.abs(rows.sum(axis=1) - 1) <= _TOLERANCE) & (rows.min(axis=1) >= 0),
 )
 EMBEDDING = Output(
     "embedding__1",
     "vectors of unit length",
-    lambda rows: bool((np.abs(np.linalg.norm(rows, axis=1) - 1) <= _TOLERANCE).all()),
+    lambda rows: np.abs(np.linalg.norm(rows, axis=1) - 1) <= _TOLERANCE,
 )
 
 _CHANNEL_OPTIONS = (
-    # A cut link is noticed within 15 s while a call waits; Triton takes three pings without data as abuse, and the
-    # probe brings data every second as long as Triton lives.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
+    # A cut link is noticed within 3 s; Triton takes three pings without data as abuse, and the probe brings data twice
+    # a second for as long as Triton lives, if only of what it has loaded.
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 1_000),
+    ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     # Triton is near: after a restart it is found again within a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.use_local_subchannel_pool", 1),
+    # Answers of any model that passes through, as large as Triton makes them.
+    ("grpc.max_receive_message_length", 1 << 30),
     # http_proxy is for the world outside.
     ("grpc.enable_http_proxy", 0),
 )
@@ -87,6 +92,8 @@ class ReadyVersion:
     """Most images in one request, at least 1."""
     embedding_width: int = 0
     """Numbers in an embedding; 0 where the model gives none."""
+    num_instances: int = 1
+    """How many batches it runs at once."""
 
 
 class Triton:
@@ -96,15 +103,21 @@ class Triton:
     Args:
         address: ``host:port`` of its gRPC endpoint.
         control_timeout_seconds: Deadline of every RPC but ModelInfer.
+
+    Attributes:
+        address: The same.
     """
 
     def __init__(self, address: str, *, control_timeout_seconds: float) -> None:
-        self._address = address
+        self.address = address
         self._control_timeout_seconds = control_timeout_seconds
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._model_infer: Any = self._channel.unary_unary(
+            _MODEL_INFER, response_deserializer=service_pb2.ModelInferResponse.FromString
+        )
         # As large as admission lets it grow: a call that was left keeps its place there.
-        self._running: set[Inference] = set()
+        self._running: set[asyncio.Task[Any]] = set()
         self._unfit: set[tuple[str, int]] = set()
 
     async def ready_versions(self) -> Sequence[ReadyVersion]:
@@ -124,72 +137,56 @@ class Triton:
         self._unfit = unfit
         return [found for found in described if isinstance(found, ReadyVersion)]
 
-    def infer(
-        self, name: str, version: int, images: NDArray[np.uint8], output: Output, *, width: int, max_batch_size: int
-    ) -> Inference:
+    def asking(self, name: str, version: int, output: Output, *, width: int) -> "Asking":
         """
-        Send images to a model and return the running task; wait for it with :func:`answer`, never cancel it.
-
-        More than ``max_batch_size`` images leave as several requests at the same time.
+        Return what sends images to a version of a model.
 
         Args:
             name: Model.
             version: At least 1.
-            images: uint8, shape (N, 28, 28), N at least 1.
             output: Which of its answers; the others are neither computed nor sent.
             width: Length of each row of the answer.
-            max_batch_size: At least 1.
+        """
+        return Asking(self, name, version, output, width)
+
+    async def infer(self, request: bytes, name: str, version: int) -> Any:
+        """
+        Return Triton's answer to a serialised ModelInferRequest. Not to be cancelled.
+
+        Raises:
+            GatewayError: There is none.
+        """
+        try:
+            return await self._model_infer(request)
+        except grpc.aio.AioRpcError as error:
+            raise self._translate(error, name, version) from error
+
+    def begin(self, method: str, request: Message) -> asyncio.Task[Any]:
+        """
+        Start an RPC that nobody cancels, whoever waits for it: use ``asyncio.shield`` or ``asyncio.wait``.
 
         Returns:
-            Task of float32, shape (N, width), every row as ``output`` promises. It raises :class:`GatewayError`
-            and what that means is told in gateway/errors.py.
+            Task of Triton's answer. It raises ``grpc.aio.AioRpcError``, in Triton's words.
         """
-        parts = [images[start : start + max_batch_size] for start in range(0, len(images), max_batch_size)]
-        call = asyncio.create_task(self._infer_all(name, version, parts, output, width))
+        call = asyncio.create_task(_awaited(getattr(self._stub, method)(request)))
         self._running.add(call)
         call.add_done_callback(self._forget)
         return call
+
+    async def control(self, method: str, request: Message) -> Any:
+        """
+        Return the answer to anything but an inference, in good time.
+
+        Raises:
+            grpc.aio.AioRpcError: There is none; in Triton's words.
+        """
+        return await getattr(self._stub, method)(request, timeout=self._control_timeout_seconds)
 
     async def close(self, timeout_seconds: float) -> None:
         """Let the running inferences end, which callers may have left long ago, then close the channel."""
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_seconds)
         await self._channel.close()
-
-    async def _infer_all(
-        self, name: str, version: int, parts: Sequence[NDArray[np.uint8]], output: Output, width: int
-    ) -> Rows:
-        if len(parts) == 1:
-            return await self._infer_one(name, version, parts[0], output, width)
-        # All of them end before this does: only then is the caller's place free.
-        answers = await asyncio.gather(
-            *(self._infer_one(name, version, part, output, width) for part in parts), return_exceptions=True
-        )
-        rows: list[Rows] = []
-        for part in answers:
-            if isinstance(part, BaseException):
-                raise part
-            rows.append(part)
-        return np.concatenate(rows)
-
-    async def _infer_one(self, name: str, version: int, images: NDArray[np.uint8], output: Output, width: int) -> Rows:
-        request = service_pb2.ModelInferRequest(
-            model_name=name,
-            model_version=str(version),
-            inputs=[
-                service_pb2.ModelInferRequest.InferInputTensor(
-                    name=_INPUT, datatype="UINT8", shape=(len(images), *_INPUT_DIMS)
-                )
-            ],
-            # Named, or Triton computes and sends every output.
-            outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=output.name)],
-            raw_input_contents=[images.tobytes()],
-        )
-        try:
-            response = await self._stub.ModelInfer(request)
-        except grpc.aio.AioRpcError as error:
-            raise self._translate(error, name, version) from error
-        return _rows(response, output, len(images), width)
 
     async def _describe(self, name: str, version: int) -> ReadyVersion | GatewayError:
         request = service_pb2.ModelConfigRequest(name=name, version=str(version))
@@ -200,9 +197,9 @@ class Triton:
             # Gone between the two questions, or not a model for this gateway.
             return error
 
-    async def _control(self, method: str, request: Any, name: str = "", version: int = 0) -> Any:
+    async def _control(self, method: str, request: Message, name: str = "", version: int = 0) -> Any:
         try:
-            return await getattr(self._stub, method)(request, timeout=self._control_timeout_seconds)
+            return await self.control(method, request)
         except grpc.aio.AioRpcError as error:
             raise self._translate(error, name, version) from error
 
@@ -211,7 +208,7 @@ class Triton:
         code, details = error.code(), error.details() or ""
         if code is grpc.StatusCode.NOT_FOUND or "not at ready state" in details:
             return UnknownVersionError(f"model_version: {name} has no version {version} ready")
-        log.warning("upstream failed", address=self._address, model=name, code=code.name, details=details)
+        log.warning("upstream failed", address=self.address, model=name, code=code.name, details=details)
         match code:
             case grpc.StatusCode.UNAVAILABLE if "maximum queue size" in details:
                 return OverloadedError("overloaded: the model's queue is full", retry_after_seconds=0.1)
@@ -225,28 +222,74 @@ class Triton:
                 return UpstreamContractError("the model does not take what this gateway sends")
         return UpstreamFailedError("the inference server failed to run the model")
 
-    def _forget(self, call: Inference) -> None:
+    def _forget(self, call: asyncio.Task[Any]) -> None:
         self._running.discard(call)
         # Marks the error as seen: whoever waited may have left.
         if not call.cancelled():
             call.exception()
 
 
-async def answer(call: Inference, timeout_seconds: float) -> Rows:
+class Asking:
     """
-    Wait for an inference. Whether this is cancelled or runs out of time, the call runs on.
+    Sends images to one output of one version of a model; awaited by one who is never cancelled.
 
-    Raises:
-        UpstreamTimeoutError: No answer yet.
-        GatewayError: What the call ended with.
+    Requests are bytes: what is the same in all of a size is serialised once, and pixels are copied once.
     """
-    if not call.done():
-        await asyncio.wait((call,), timeout=timeout_seconds)
-    if not call.done():
-        raise UpstreamTimeoutError(f"no answer from the model within {timeout_seconds:.3g} s")
-    if call.cancelled():
-        raise UpstreamUnavailableError("the gateway is stopping; try again")
-    return call.result()
+
+    def __init__(self, triton: Triton, name: str, version: int, output: Output, width: int) -> None:
+        self._triton = triton
+        self._name = name
+        self._version = version
+        self._output = output
+        self._width = width
+        # As many as there are sizes of a batch.
+        self._heads: dict[int, bytes] = {}
+
+    async def __call__(self, pixels: bytes, num_images: int) -> Rows:
+        """
+        Return the answers to so many images whose pixels, uint8, 28x28 each, lie behind each other.
+
+        Returns:
+            float32, shape (N, width); whether each is what the output promises is not looked at.
+
+        Raises:
+            GatewayError: What that means is told in gateway/errors.py.
+        """
+        head = self._heads.get(num_images)
+        if head is None:
+            head = self._heads[num_images] = self._head(num_images)
+        # raw_input_contents, the last field: its key, its length, its bytes.
+        request = b"".join((head, _varint(len(pixels)), pixels))
+        response = await self._triton.infer(request, self._name, self._version)
+        return _rows(response, self._output, num_images, self._width)
+
+    def _head(self, num_images: int) -> bytes:
+        message = service_pb2.ModelInferRequest(
+            model_name=self._name,
+            model_version=str(self._version),
+            inputs=[
+                service_pb2.ModelInferRequest.InferInputTensor(
+                    name=_INPUT, datatype="UINT8", shape=(num_images, *_INPUT_DIMS)
+                )
+            ],
+            # Named, or Triton computes and sends every output.
+            outputs=[service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=self._output.name)],
+        )
+        return bytes(message.SerializeToString()) + _RAW_INPUT_KEY
+
+
+def _varint(value: int) -> bytes:
+    """Return a length as protobuf writes it."""
+    groups = bytearray()
+    while value > 0x7F:
+        groups.append(value & 0x7F | 0x80)
+        value >>= 7
+    groups.append(value)
+    return bytes(groups)
+
+
+async def _awaited(call: Any) -> Any:
+    return await call
 
 
 def _ready_version(name: str, version: int, config: Any) -> ReadyVersion:
@@ -258,7 +301,15 @@ def _ready_version(name: str, version: int, config: Any) -> ReadyVersion:
         raise UpstreamContractError(f"it needs an output {PROBABILITIES.name}, float32, one number for each class")
     if num_classes < 1 or config.max_batch_size < 1:
         raise UpstreamContractError("it needs at least one class and max_batch_size of at least 1")
-    return ReadyVersion(name, version, num_classes, config.max_batch_size, max(_width(config, EMBEDDING) or 0, 0))
+    num_instances = sum(max(group.count, 1) * max(len(group.gpus), 1) for group in config.instance_group)
+    return ReadyVersion(
+        name,
+        version,
+        num_classes,
+        config.max_batch_size,
+        embedding_width=max(_width(config, EMBEDDING) or 0, 0),
+        num_instances=max(num_instances, 1),
+    )
 
 
 def _width(config: Any, wanted: Output) -> int | None:
@@ -281,7 +332,4 @@ def _rows(response: Any, wanted: Output, num_images: int, width: int) -> Rows:
         raise broken(f"{wanted.name} FP32", f"{output.name} {output.datatype}")
     if list(output.shape) != [num_images, width] or len(raw) != 4 * num_images * width:
         raise broken(f"shape {[num_images, width]}", f"{list(output.shape)}, {len(raw)} bytes")
-    rows = np.frombuffer(raw, "<f4").reshape(num_images, width)
-    if not wanted.holds(rows):
-        raise broken(wanted.promise, "other rows")
-    return rows
+    return np.frombuffer(raw, "<f4").reshape(num_images, width)

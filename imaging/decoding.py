@@ -22,6 +22,8 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from imaging.structure import TooManyPartsError, check_parts
+
 Pixels = NDArray[np.uint8]
 Planes = tuple[Pixels, Pixels | None]
 """Grey and alpha, uint8, shape (H, W) each; no alpha where all of it is opaque."""
@@ -73,11 +75,15 @@ class ImageFile:
         data: The file's content.
 
     Raises:
-        UndecodableError: Empty, or not such a file.
+        UndecodableError: Empty, not such a file, or one of too many parts; see :mod:`imaging.structure`.
     """
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        try:
+            check_parts(data)
+        except TooManyPartsError as error:
+            raise UndecodableError(str(error)) from error
         self._image = open_header(BytesIO(data))
         self.width, self.height = self._image.size
         """In pixels, before it is turned upright."""

@@ -28,6 +28,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base 
     def __init__(self, services: Sequence[str]) -> None:
         self._services = frozenset(services)
         self._is_serving = False
+        self._others: dict[str, bool] = {}
         self._is_draining = False
         self._changed = asyncio.Event()
         self._num_watchers = 0
@@ -43,15 +44,27 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base 
             self._is_serving = is_serving
             self._wake()
 
+    def tell(self, service: str, is_serving: bool) -> None:
+        """Set the status of another service, which has its own; ignored while draining."""
+        if not self._is_draining and self._others.get(service) != is_serving:
+            self._others[service] = is_serving
+            self._wake()
+
+    def forget(self, service: str) -> None:
+        """Have another service be unknown again."""
+        if self._others.pop(service, None) is not None:
+            self._wake()
+
     def drain(self) -> None:
         """Report NOT_SERVING from now on and end the watches."""
         self._is_serving, self._is_draining = False, True
+        self._others = dict.fromkeys(self._others, False)
         self._wake()
 
     async def Check(self, request: Any, context: Context) -> Any:
         """Return the status; NOT_FOUND for a service that is not here."""
-        if request.service not in self._services:
-            known = ", ".join(sorted(filter(None, self._services)))
+        if request.service not in self._services and request.service not in self._others:
+            known = ", ".join(sorted(filter(None, (*self._services, *self._others))))
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
                 f"service: no service {request.service[:64]!a}; here are {known}, or empty for the server",
@@ -84,9 +97,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base 
 
     def _status(self, service: str) -> Any:
         status = health_pb2.HealthCheckResponse
-        if service not in self._services:
+        is_serving = self._is_serving if service in self._services else self._others.get(service)
+        if is_serving is None:
             return status(status=status.SERVICE_UNKNOWN)
-        return status(status=status.SERVING if self._is_serving else status.NOT_SERVING)
+        return status(status=status.SERVING if is_serving else status.NOT_SERVING)
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

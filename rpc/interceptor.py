@@ -13,6 +13,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from rpc.access import Access, Refusal, key_name
 from rpc.telemetry import MethodMetrics
 
 log = structlog.get_logger(__name__)
@@ -42,6 +43,7 @@ class Guard(grpc.aio.ServerInterceptor):
     - An unexpected exception is INTERNAL with an id, its record in the log. grpc.aio would send its text.
     - Each call is one line in the log, health checks aside.
     - Calls of the methods in ``metrics`` are counted and timed. What grpc itself refuses never comes here.
+    - Callers that ``access`` refuses are turned away before their request is read.
 
     A cancelled handler re-raises: swallowing ``CancelledError`` leaks in grpc.aio (grpc#43360).
 
@@ -51,6 +53,7 @@ class Guard(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
+        access: Who may call what; None lets in everybody.
         idle_seconds: How long a message may wait to be taken; None is without end.
         request_seconds: How long a request may take to come; None is without end.
     """
@@ -59,10 +62,12 @@ class Guard(grpc.aio.ServerInterceptor):
         self,
         metrics: Mapping[str, MethodMetrics] | None = None,
         *,
+        access: Access | None = None,
         idle_seconds: float | None = None,
         request_seconds: float | None = None,
     ) -> None:
         self._metrics = metrics or {}
+        self._access = access
         self._idle_seconds = idle_seconds
         self._unasked = _Unasked(request_seconds) if request_seconds is not None else None
         self._running = _Running()
@@ -74,7 +79,7 @@ class Guard(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler | None:
-        """Wrap the handler of one method, once."""
+        """Wrap the handler of one method, once; refuse the call where its caller may not."""
         method = handler_call_details.method
         guarded = self._guarded.get(method)
         if guarded is None:
@@ -85,6 +90,10 @@ class Guard(grpc.aio.ServerInterceptor):
             guarded = self._guarded[method] = _guard(
                 method, handler, self._metrics.get(method), self._idle_seconds, self._unasked, self._running
             )
+        if self._access is not None:
+            refusal = self._access.check(method, handler_call_details.invocation_metadata)
+            if refusal is not None:
+                return _refusing(method, self._metrics.get(method), self._access, refusal, self._running)
         return guarded
 
     async def wait_idle(self) -> None:
@@ -209,6 +218,23 @@ def _guard(
     return guarded
 
 
+def _refusing(
+    method: str, metrics: MethodMetrics | None, access: Access, refusal: Refusal, running: _Running
+) -> Handler:
+    async def refuse(_requests: object, context: Context) -> None:
+        with running:
+            call = _Call(method, context, metrics)
+            call.is_quiet = access.is_flooded(refusal, context)
+            try:
+                await access.refuse(refusal, context, is_flooded=call.is_quiet)
+            finally:
+                call.end()
+
+    # For streams whatever the method takes: of those grpc.aio reads no request before it calls the handler.
+    handler: Handler = grpc.stream_stream_rpc_method_handler(refuse)
+    return handler
+
+
 async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
     call.receive(data)
     try:
@@ -293,6 +319,7 @@ class _Call:
 
     def __init__(self, method: str, context: Context, metrics: MethodMetrics | None) -> None:
         self.is_cut = False
+        self.is_quiet = method.startswith(_QUIET)
         self._method = method
         self._context = context
         self._metrics = metrics
@@ -300,6 +327,8 @@ class _Call:
         self._started = time.perf_counter()
         # Asked for now: a cancelled stream is closed after its call is freed, and asking then crashes (grpc 1.85).
         self._peer = context.peer()
+        key = key_name()
+        self._caller = {"key": key} if key else {}
         if metrics is not None:
             metrics.begin()
 
@@ -333,8 +362,8 @@ class _Call:
         seconds, code = time.perf_counter() - self._started, code or self._code()
         if self._metrics is not None:
             self._metrics.end(code, seconds)
-        if not self._method.startswith(_QUIET):
-            log.info("rpc", method=self._method, code=code, seconds=round(seconds, 6), peer=self._peer)
+        if not self.is_quiet:
+            log.info("rpc", method=self._method, code=code, seconds=round(seconds, 6), peer=self._peer, **self._caller)
 
     def _code(self) -> str:
         if self.is_cut or self._context.cancelled():

@@ -35,9 +35,17 @@ class Stoppable(Protocol):
         """Refuse new calls, and end those in flight after ``grace`` seconds; 0, at any time, ends them at once."""
 
 
-def bind(server: grpc.aio.Server, host: str, port: int, *, option: str, is_reserved: bool = False) -> int:
+def bind(
+    server: grpc.aio.Server,
+    host: str,
+    port: int,
+    *,
+    option: str,
+    is_reserved: bool = False,
+    credentials: grpc.ServerCredentials | None = None,
+) -> int:
     """
-    Listen on ``host:port`` without TLS and return the port, which differs from the given one only when that is 0.
+    Listen on ``host:port`` and return the port, which differs from the given one only when that is 0.
 
     Args:
         server: Not yet started.
@@ -46,6 +54,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str, is_reser
         option: What the user changes to get another port, e.g. ``--port or SLUICE_GATEWAY_PORT``.
         is_reserved: Whether this is one of several processes on a port that :func:`reserve` holds for them; the
             server needs the option ``grpc.so_reuseport`` then.
+        credentials: For TLS, as of :func:`rpc.tls.server_credentials`; None is without.
 
     Raises:
         PortTakenError: The address cannot be bound.
@@ -54,7 +63,8 @@ def bind(server: grpc.aio.Server, host: str, port: int, *, option: str, is_reser
         # Let go again: grpc would say that a port is taken on standard error, in its own words, before it raises.
         if not is_reserved:
             _bound(host, port).close()
-        return server.add_insecure_port(joined(host, port))
+        address = joined(host, port)
+        return server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
     except (OSError, RuntimeError) as error:
         raise _taken(host, port, option) from error
 

@@ -79,7 +79,7 @@ def faults(url: str) -> list[str]:
             found.append(f"{metric.name} has no type")
         if metric.type != "counter" and metric.name.endswith(("_total", "_count", "_sum", "_bucket")):
             found.append(f"{metric.name} looks like part of another type")
-        if metric.type == "histogram" and not metric.name.endswith(("_seconds", "_bytes")):
+        if metric.type == "histogram" and not metric.name.endswith(("_seconds", "_bytes", "_images")):
             found.append(f"{metric.name} has no unit")
         if re.search(r"_(ms|milliseconds|minutes|kb|mb)(_|$)", metric.name):
             found.append(f"{metric.name} has no base unit")

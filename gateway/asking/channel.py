@@ -7,9 +7,11 @@ from collections.abc import AsyncGenerator
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import rpc.tls
 from gateway.asking.failures import error_of
 from protos.gateway.v1 import image_service_pb2 as pb
 from rpc.address import is_loopback
+from rpc.tls import ClientTls
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["ImageService"].full_name
 _MAX_ATTEMPTS = 4
@@ -42,11 +44,16 @@ _CHANNEL_OPTIONS = (
 _REOPEN_SECONDS = 0.1
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """Return a channel to the gateway at ``address``, ``host:port``; who opens it closes it."""
+def open_channel(address: str, tls: ClientTls | None = None) -> grpc.aio.Channel:
+    """
+    Return a channel to the gateway at ``address``, ``host:port``; who opens it closes it.
+
+    Raises:
+        SettingsError: A TLS file cannot be used.
+    """
     # Without it, http_proxy in the environment takes even the calls to this machine.
     proxy = ("grpc.enable_http_proxy", int(not is_loopback(address)))
-    return grpc.aio.insecure_channel(address, options=(*_CHANNEL_OPTIONS, proxy))
+    return rpc.tls.open_channel(address, tls, (*_CHANNEL_OPTIONS, proxy))
 
 
 async def readiness(channel: grpc.aio.Channel, address: str) -> AsyncGenerator[bool, None]:

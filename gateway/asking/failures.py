@@ -19,6 +19,18 @@ class ServerUnreachableError(ClientError):
     """No gateway answers at the address."""
 
 
+class SecureConnectionError(ServerUnreachableError):
+    """TLS is what keeps the client from the server; the message says why, and what to do."""
+
+
+class UnauthenticatedError(ClientError):
+    """The gateway asks for an API key, and was given none, or one that it does not take."""
+
+
+class PermissionDeniedError(ClientError):
+    """The API key is right, and does not open this call; the message names the scope that does."""
+
+
 class ModelUnavailableError(ClientError):
     """The gateway answers, but has no model to answer with now; later it may."""
 
@@ -89,6 +101,12 @@ def error_of(address: str, error: grpc.aio.AioRpcError, *, seconds: float = 0.0)
             return ModelUnavailableError(details)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return unreachable(address, details)
+        case grpc.StatusCode.UNAUTHENTICATED:
+            return _unauthenticated(details)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if metadata.get(_REASON_KEY) == grpc.StatusCode.UNAUTHENTICATED.name:
+            return _unauthenticated(details)
+        case grpc.StatusCode.PERMISSION_DENIED:
+            return PermissionDeniedError(f"{details}; `sluice keys add` makes a key with other scopes")
         case grpc.StatusCode.RESOURCE_EXHAUSTED if _PUSHBACK_KEY in metadata:
             pushback = float(metadata[_PUSHBACK_KEY]) / 1000
             return OverloadedError(details, retry_after_seconds=pushback)
@@ -104,6 +122,15 @@ def error_of(address: str, error: grpc.aio.AioRpcError, *, seconds: float = 0.0)
         case grpc.StatusCode.UNIMPLEMENTED:
             return ServerError(f"{address} is no Sluice gateway, or an older one: {details}")
     return ServerError(f"the gateway at {address} failed: {details}")
+
+
+def insecure(address: str, problem: str) -> SecureConnectionError:
+    """Return that TLS fails, as :mod:`rpc.diagnosis` found out."""
+    return SecureConnectionError(f"no secure connection to {address}: {problem}")
+
+
+def _unauthenticated(details: str) -> UnauthenticatedError:
+    return UnauthenticatedError(f"{details} (SLUICE_API_KEY, or `--api-key-file FILE`)")
 
 
 def unreachable(address: str, details: str) -> ServerUnreachableError:

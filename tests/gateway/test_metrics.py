@@ -79,7 +79,7 @@ async def test_refused_images_are_counted(
         await held
 
         assert value(gateway.metrics_url, "gateway_images_in_flight_limit") == 1
-        assert value(gateway.metrics_url, "gateway_images_refused_total") == 1
+        assert value(gateway.metrics_url, "gateway_images_refused_total", reason="images") == 1
         assert value(gateway.metrics_url, "gateway_images_admitted_total") == 1
 
 

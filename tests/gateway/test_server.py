@@ -29,6 +29,7 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
 
     assert {service.name for service in listed} == {
         "sluice.gateway.v1.ImageService",
+        "inference.GRPCInferenceService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
     }

@@ -1,0 +1,417 @@
+"""
+Callers that wait for the same model share its batches.
+
+What waits leaves together in the next request to Triton. There is no timer: an image that finds the model idle leaves
+at the end of the event loop's round in which it came, and others gather while batches are in flight. A caller that
+goes takes nobody with it, and a batch that fails is tried again image by image, so that what is poisoned fails alone.
+
+Pure: no gRPC and no messages; one event loop.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from gateway.errors import GatewayError, UpstreamContractError, UpstreamFailedError, UpstreamTimeoutError
+from gateway.pace import Pace
+
+log = structlog.get_logger(__name__)
+
+Rows = NDArray[np.float32]
+Infer = Callable[[bytes, int], Awaitable[Rows]]
+"""Pixels of N images behind each other, and N, to rows, shape (N, width). Raises :class:`GatewayError`."""
+Holds = Callable[[Rows], NDArray[np.bool_]]
+"""Rows, shape (N, width), to whether each is an answer at all, shape (N,)."""
+
+OF_ONE_IMAGE = (UpstreamFailedError, UpstreamContractError)
+"""What may lie at one image of a batch; whatever else went wrong is of the batch, and would go wrong again."""
+
+# Images that fail by themselves, one after the other and none in between that does not: it is the model.
+_MODEL_FAILS = 3
+
+
+class Place(Protocol):
+    """What an image in here takes of the room that admission has."""
+
+    def release(self) -> None:
+        """Give it back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """What became of one batch."""
+
+    num_images: int
+    seconds: float
+    """From the request to Triton to its answer."""
+    expected_seconds: float
+    """What :class:`Pace` expected of the time since the model was last known to be free; 0 without experience."""
+    busy_seconds: float
+    """That time."""
+    waited_seconds: float
+    """How long the image waited that had waited longest."""
+    failed: bool
+
+
+class Ask:
+    """
+    What one caller asks: some images, and a place for the answer to each.
+
+    Attributes:
+        future: Resolves to an answer for each image, a row or why there is none; fails where time ran out.
+        queued_at: When it came, on the event loop's clock.
+        sent_at: When its last image left for Triton; 0 before.
+        num_shared: Images in the batch that its last image left with.
+    """
+
+    __slots__ = (
+        "_answers", "_num_missing", "_place", "deadline", "future", "images", "num_shared", "queued_at", "sent_at",
+    )  # fmt: skip
+
+    def __init__(self, num_images: int, place: Place, deadline: float | None, loop: asyncio.AbstractEventLoop) -> None:
+        self._answers: list[Rows | GatewayError] = [_NO_ANSWER] * num_images
+        self._num_missing = num_images
+        self._place = place
+        self.deadline = deadline
+        self.images: list[_Image] = []
+        self.future: asyncio.Future[list[Rows | GatewayError]] = loop.create_future()
+        self.queued_at = loop.time()
+        self.sent_at = 0.0
+        self.num_shared = 0
+
+    def settle(self, index: int, answer: Rows | GatewayError) -> None:
+        """Take the answer to one image; with the last one the place is free and the caller goes on."""
+        self._answers[index] = answer
+        self._num_missing -= 1
+        if self._num_missing == 0:
+            self._place.release()
+            if not self.future.done():
+                self.future.set_result(self._answers)
+
+    def give_up(self, error: GatewayError) -> None:
+        """Send the caller away; the place stays taken for as long as the images burden Triton."""
+        if not self.future.done():
+            self.future.set_exception(error)
+            # Marks it as seen: the caller may be on its way out already.
+            self.future.exception()
+
+
+_NO_ANSWER = GatewayError("no answer")
+
+
+class _Image:
+    """Pixels that were not answered yet, and everybody who asks for them."""
+
+    __slots__ = ("asks", "identity", "is_sent", "pixels")
+
+    def __init__(self, pixels: bytes, identity: str) -> None:
+        self.pixels = pixels
+        self.identity = identity
+        self.asks: list[tuple[Ask, int]] = []
+        self.is_sent = False
+
+    def is_wanted(self, now: float) -> bool:
+        """Tell whether anybody is left who can still use an answer."""
+        return any(not ask.future.done() and (ask.deadline is None or ask.deadline > now) for ask, _ in self.asks)
+
+    def settle(self, answer: Rows | GatewayError) -> None:
+        for ask, index in self.asks:
+            ask.settle(index, answer)
+        self.asks = []
+
+
+class _FairQueue:
+    """Images by who sent them; those who wait take turns, an image each."""
+
+    def __init__(self) -> None:
+        self._by_identity: OrderedDict[str, OrderedDict[int, _Image]] = OrderedDict()
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def push(self, image: _Image) -> None:
+        queue = self._by_identity.get(image.identity)
+        if queue is None:
+            queue = self._by_identity[image.identity] = OrderedDict()
+        queue[id(image)] = image
+        self._length += 1
+
+    def pop(self) -> _Image:
+        identity, queue = next(iter(self._by_identity.items()))
+        _, image = queue.popitem(last=False)
+        self._length -= 1
+        if not queue:
+            del self._by_identity[identity]
+        elif len(self._by_identity) > 1:
+            self._by_identity.move_to_end(identity)
+        return image
+
+    def remove(self, image: _Image) -> None:
+        queue = self._by_identity[image.identity]
+        del queue[id(image)]
+        self._length -= 1
+        if not queue:
+            del self._by_identity[image.identity]
+
+
+class Lane:
+    """
+    All that goes to one output of one version of a model.
+
+    Args:
+        infer: One request to Triton. Never cancelled by this class.
+        holds: Which rows of its answer are answers.
+        promise: What ``holds`` tells, in words.
+        max_batch_size: Most images in one request, at least 1.
+        max_batches: Most requests in flight, at least 1.
+        timeout_seconds: After which a request in flight is given up, and all that wait behind it.
+        joins: Whether equal images that are under way at the same time are asked once.
+        on_batch: Told of each batch that ended.
+
+    Attributes:
+        num_joined: Images so far that were answered together with an equal one.
+        num_dropped: Images so far whose callers had gone before they left for Triton.
+        num_retried: Images so far that were tried again by themselves.
+    """
+
+    def __init__(
+        self,
+        infer: Infer,
+        holds: Holds,
+        promise: str,
+        *,
+        max_batch_size: int,
+        max_batches: int,
+        timeout_seconds: float,
+        joins: bool = True,
+        on_batch: Callable[[BatchRecord], None] = lambda record: None,
+    ) -> None:
+        self._infer = infer
+        self._holds = holds
+        self._promise = promise
+        self._max_batch_size = max_batch_size
+        self._max_batches = max_batches
+        self._timeout_seconds = timeout_seconds
+        self._joins = joins
+        self._on_batch = on_batch
+        self._loop = asyncio.get_running_loop()
+        self._pace = Pace()
+        self._waiting = _FairQueue()
+        self._open: dict[bytes, _Image] = {}
+        self._batches: set[asyncio.Task[None]] = set()
+        self._num_sent = 0
+        self._free_at = 0.0
+        self._pumps = False
+        self.num_joined = 0
+        self.num_dropped = 0
+        self.num_retried = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits and nothing is in flight."""
+        return not self._batches and not len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        """Images that have not left yet."""
+        return len(self._waiting)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Images at Triton."""
+        return self._num_sent
+
+    @property
+    def num_batches(self) -> int:
+        """Requests at Triton."""
+        return len(self._batches)
+
+    def expected_seconds(self, num_images: int) -> float:
+        """Return how long an answer to so many more images would take; 0 where nothing is under way."""
+        if self.is_idle:
+            return 0.0
+        ahead = self._num_sent + len(self._waiting) + num_images
+        full, rest = divmod(ahead, self._max_batch_size)
+        return full * self._pace.seconds(self._max_batch_size) + (self._pace.seconds(rest) if rest else 0.0)
+
+    def ask(self, images: Sequence[bytes], place: Place, *, identity: str = "", deadline: float | None = None) -> Ask:
+        """
+        Queue images; wait for ``ask.future``, and hand the ask to :meth:`leave` where the wait was cancelled.
+
+        Args:
+            images: Pixels of each, uint8, 784 bytes.
+            place: Given back when the last of them has been answered.
+            identity: Who asks; those who wait take turns.
+            deadline: On the event loop's clock: what has not left by then does not leave.
+        """
+        ask = Ask(len(images), place, deadline, self._loop)
+        for index, pixels in enumerate(images):
+            image = self._open.get(pixels)
+            if image is None:
+                image = _Image(pixels, identity)
+                if self._joins:
+                    self._open[pixels] = image
+                self._waiting.push(image)
+            else:
+                self.num_joined += 1
+            image.asks.append((ask, index))
+            ask.images.append(image)
+        if not self._pumps and len(self._waiting):
+            # At the end of this round of the loop, with all that came in it.
+            self._pumps = True
+            self._loop.call_soon(self._pump)
+        return ask
+
+    def leave(self, ask: Ask) -> None:
+        """Forget a caller that has gone: what only it waited for and has not left yet gives its place back."""
+        ask.future.cancel()
+        now = self._loop.time()
+        for image in ask.images:
+            # Each once, also where one caller sent it twice.
+            if image.asks and not image.is_sent and not image.is_wanted(now):
+                self._waiting.remove(image)
+                self._drop(image)
+
+    def fail_waiting(self, error: GatewayError) -> None:
+        """Answer all that have not left yet with an error."""
+        while len(self._waiting):
+            self._close(self._waiting.pop(), error)
+
+    async def drained(self) -> None:
+        """Wait until all requests in flight have ended."""
+        while self._batches:
+            await asyncio.wait(self._batches)
+
+    def _pump(self) -> None:
+        self._pumps = False
+        while len(self._waiting) and self._may_send():
+            batch = self._take()
+            if batch:
+                self._send(batch)
+
+    def _may_send(self) -> bool:
+        if not self._batches:
+            return True
+        # A second batch is to keep the model busy while the first one's answers are told and their callers come again.
+        # A small one beside a large one would not, and most of what a batch costs it costs whatever its size.
+        return len(self._batches) < self._max_batches and len(self._waiting) >= min(
+            self._num_sent, self._max_batch_size
+        )
+
+    def _take(self) -> list[_Image]:
+        batch = list[_Image]()
+        now = self._loop.time()
+        while len(self._waiting) and len(batch) < self._max_batch_size:
+            image = self._waiting.pop()
+            if image.is_wanted(now):
+                batch.append(image)
+            else:
+                self._drop(image)
+        return batch
+
+    def _send(self, batch: list[_Image]) -> None:
+        now = self._loop.time()
+        for image in batch:
+            image.is_sent = True
+            for ask, _ in image.asks:
+                ask.sent_at = now
+                ask.num_shared = len(batch)
+        self._num_sent += len(batch)
+        task = self._loop.create_task(self._run(batch, now))
+        self._batches.add(task)
+        task.add_done_callback(self._batches.discard)
+
+    async def _run(self, batch: list[_Image], sent_at: float) -> None:
+        expected = self._pace.seconds(len(batch))
+        answers = await self._answers(batch)
+        failed = [image for image, answer in zip(batch, answers, strict=True) if isinstance(answer, OF_ONE_IMAGE)]
+        self._note(batch, sent_at, expected, bool(failed))
+        if len(batch) > 1 and failed:
+            for image, answer in zip(batch, answers, strict=True):
+                if not isinstance(answer, OF_ONE_IMAGE):
+                    self._close(image, answer)
+            await self._retry(failed)
+            self._leave_room(len(batch))
+            return
+        # First the next batch, then the answers to this one: the model should not wait for them.
+        self._leave_room(len(batch))
+        for image, answer in zip(batch, answers, strict=True):
+            self._close(image, answer)
+
+    def _note(self, batch: list[_Image], sent_at: float, expected: float, failed: bool) -> None:
+        now = self._loop.time()
+        busy, self._free_at = now - max(sent_at, self._free_at), now
+        if not failed:
+            self._pace.observe(len(batch), busy)
+        came = min((ask.queued_at for image in batch for ask, _ in image.asks[:1]), default=sent_at)
+        self._on_batch(BatchRecord(len(batch), now - sent_at, expected, busy, sent_at - came, failed))
+
+    def _leave_room(self, num_images: int) -> None:
+        self._num_sent -= num_images
+        task = asyncio.current_task()
+        assert task is not None
+        self._batches.discard(task)
+        self._pump()
+
+    async def _retry(self, images: list[_Image]) -> None:
+        """Ask again for each by itself; an image that fails alone cannot be what failed the others."""
+        num_failed, error = 0, GatewayError()
+        for image in images:
+            if num_failed == _MODEL_FAILS:
+                self._close(image, error)
+                continue
+            self.num_retried += 1
+            (answer,) = await self._answers([image])
+            if isinstance(answer, GatewayError):
+                num_failed, error = num_failed + 1, answer
+            else:
+                num_failed = 0
+            self._close(image, answer)
+
+    async def _answers(self, batch: list[_Image]) -> list[Rows | GatewayError]:
+        """Return a row for each image of one request to Triton, or why there is none; never raises."""
+        overdue = self._loop.call_later(self._timeout_seconds, self._give_up, batch)
+        try:
+            rows = await self._infer(b"".join([image.pixels for image in batch]), len(batch))
+            good = self._holds(rows)
+            if good.all():
+                return list(rows)
+            broken = UpstreamContractError(f"the model did not answer with {self._promise}")
+            return [row if is_good else broken for row, is_good in zip(rows, good, strict=True)]
+        except GatewayError as error:
+            return [error] * len(batch)
+        except Exception:
+            # Ours to fix; but whoever waits is not to wait for ever.
+            log.exception("batch failed")
+            return [UpstreamFailedError("the gateway failed to ask the model")] * len(batch)
+        finally:
+            overdue.cancel()
+
+    def _give_up(self, batch: list[_Image]) -> None:
+        error = UpstreamTimeoutError(f"no answer from the model within {self._timeout_seconds:.3g} s")
+        for image in batch:
+            # The request is not cancelled; but nobody shall join it any more.
+            self._forget(image)
+            for ask, _ in image.asks:
+                ask.give_up(error)
+        self.fail_waiting(error)
+
+    def _drop(self, image: _Image) -> None:
+        self.num_dropped += 1
+        self._close(image, UpstreamTimeoutError("the deadline passed before the inference began"))
+
+    def _close(self, image: _Image, answer: Rows | GatewayError) -> None:
+        self._forget(image)
+        image.settle(answer)
+
+    def _forget(self, image: _Image) -> None:
+        if self._open.get(image.pixels) is image:
+            del self._open[image.pixels]

@@ -1,0 +1,107 @@
+"""The lanes of one gateway: one for each output of each version that is asked for."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+
+from gateway.coalesce import BatchRecord, Infer, Lane
+from gateway.errors import GatewayError
+from gateway.models import ServedVersion
+from gateway.triton import EMBEDDING, Output
+
+Asking = Callable[[str, int, Output, int], Infer]
+"""Model, version, output, and the length of its rows, to what sends images there."""
+
+
+class Lanes:
+    """
+    Every lane in use; made when a version is first asked for, and forgotten when nobody asks any more.
+
+    Args:
+        asking: Where their batches go.
+        timeout_seconds: After which a batch is given up.
+        batches_per_instance: Batches in flight for each instance of the model.
+        joins: Whether equal images that are under way at the same time are asked once.
+        on_batch: Told of each batch that ended.
+    """
+
+    def __init__(
+        self,
+        asking: Asking,
+        *,
+        timeout_seconds: float,
+        batches_per_instance: int,
+        joins: bool,
+        on_batch: Callable[[BatchRecord], None],
+    ) -> None:
+        self._asking = asking
+        self._timeout_seconds = timeout_seconds
+        self._batches_per_instance = batches_per_instance
+        self._joins = joins
+        self._on_batch = on_batch
+        self._lanes: dict[tuple[str, int, str], Lane] = {}
+        # Sums of what lanes that are gone have counted.
+        self._num_joined = self._num_dropped = self._num_retried = 0
+
+    def __iter__(self) -> Iterator[Lane]:
+        return iter(self._lanes.values())
+
+    def of(self, version: ServedVersion, output: Output) -> Lane:
+        """Return the lane to one output of a version."""
+        key = (version.name, version.version, output.name)
+        lane = self._lanes.get(key)
+        if lane is None:
+            self._forget_idle()
+            lane = self._lanes[key] = self._open(version, output)
+        return lane
+
+    def fail_waiting(self, model: str, error: GatewayError) -> None:
+        """Answer all that wait for a model, and have not left yet, with an error."""
+        for (name, _, _), lane in self._lanes.items():
+            if name == model:
+                lane.fail_waiting(error)
+
+    async def drained(self, timeout_seconds: float) -> None:
+        """Wait until no batch is in flight, so long at most."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                for lane in list(self):
+                    await lane.drained()
+        except TimeoutError:
+            pass
+
+    @property
+    def num_joined(self) -> int:
+        """Images so far that were answered together with an equal one."""
+        return self._num_joined + sum(lane.num_joined for lane in self)
+
+    @property
+    def num_dropped(self) -> int:
+        """Images so far whose callers had gone before they left for Triton."""
+        return self._num_dropped + sum(lane.num_dropped for lane in self)
+
+    @property
+    def num_retried(self) -> int:
+        """Images so far that were tried again by themselves."""
+        return self._num_retried + sum(lane.num_retried for lane in self)
+
+    def _open(self, version: ServedVersion, output: Output) -> Lane:
+        width = version.embedding_width if output is EMBEDDING else len(version.class_names)
+        return Lane(
+            self._asking(version.name, version.version, output, width),
+            output.holds,
+            output.promise,
+            max_batch_size=version.max_batch_size,
+            max_batches=self._batches_per_instance * version.num_instances,
+            timeout_seconds=self._timeout_seconds,
+            joins=self._joins,
+            on_batch=self._on_batch,
+        )
+
+    def _forget_idle(self) -> None:
+        """Drop lanes without work, of versions long retired too: their number is that of versions in use."""
+        for key, lane in list(self._lanes.items()):
+            if lane.is_idle:
+                self._num_joined += lane.num_joined
+                self._num_dropped += lane.num_dropped
+                self._num_retried += lane.num_retried
+                del self._lanes[key]
