@@ -32,6 +32,7 @@ RUN apt-get update \
         /srv/sluice /srv/sluice/model_repository /srv/sluice/runs /var/cache/sluice
 COPY --from=environment /opt/venv /opt/venv
 COPY --from=application /opt/app /opt/app
+# Beyond loopback it needs TLS, or SLUICE_GATEWAY_INSECURE, which compose.yaml sets: docs/security.md.
 ENV PATH=/opt/app/bin:/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \

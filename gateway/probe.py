@@ -7,6 +7,7 @@ import structlog
 
 from gateway.errors import (
     GatewayError,
+    OverloadedError,
     UnknownVersionError,
     UpstreamContractError,
     UpstreamError,
@@ -152,8 +153,8 @@ class Probe:
         for endpoint in self._endpoints(model):
             task = self._inferences[endpoint.address, model.name]
             error = _failure(task) if task.done() else UpstreamTimeoutError("the inference server does not answer")
-            if isinstance(error, UnknownVersionError):
-                # It has just gone, and the next look will show it: nothing is known of the others.
+            if isinstance(error, UnknownVersionError | OverloadedError):
+                # It has just gone, which the next look will show, or has too much to do: neither says that it is ill.
                 error = self._errors.get(model.name)
             elif error is None:
                 endpoint.worked(model.name)

@@ -116,7 +116,8 @@ def _check_tiff(data: bytes) -> None:
         ):
             if num_values > MAX_VALUES and (kind not in _TIFF_BYTES or tag in _TIFF_PLACES):
                 raise TooManyPartsError(f"more than {MAX_VALUES} values of TIFF tag {tag}")
-    except struct.error:
+    except (struct.error, OverflowError):
+        # It points beyond its end, or beyond any.
         return
 
 

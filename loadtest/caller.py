@@ -9,7 +9,9 @@ import grpc
 from loadtest.errors import CallError, StartError
 from loadtest.tally import Verdict
 from loadtest.targets import Target
+from rpc.access import key_metadata
 from rpc.address import is_loopback
+from rpc.tls import ClientTls, open_channel
 
 # One connection's flow control and lock would be shared by all callers.
 _CHANNELS = 4
@@ -25,17 +27,29 @@ class Caller:
         address: ``host:port``.
         target: What to ask.
         timeout_seconds: Deadline of each call, where the target's calls may have one.
+        tls: As of :class:`gateway.client.ImageClient`, and so is ``api_key``.
+        api_key: As said.
     """
 
-    def __init__(self, address: str, target: Target, *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        address: str,
+        target: Target,
+        *,
+        timeout_seconds: float,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._address = address
         self._target = target
         self._timeout_seconds = timeout_seconds if target.may_cancel else None
 
+        self._tls = tls
+        self._metadata = key_metadata(api_key, address, tls)
+
     async def __aenter__(self) -> Self:
-        self._channels = [
-            grpc.aio.insecure_channel(self._address, options=_options(self._address)) for _ in range(_CHANNELS)
-        ]
+        options = _options(self._address)
+        self._channels = [open_channel(self._address, self._tls, options) for _ in range(_CHANNELS)]
         # Bytes in, bytes out.
         self._methods: list[Any] = [channel.unary_unary(self._target.method) for channel in self._channels]
         return self
@@ -81,7 +95,8 @@ class Caller:
         return self._target.judge(number, answer)
 
     async def _send(self, number: int, timeout_seconds: float | None = None) -> bytes:
-        call = self._methods[number % _CHANNELS](self._target.request(number), timeout=timeout_seconds)
+        method = self._methods[number % _CHANNELS]
+        call = method(self._target.request(number), timeout=timeout_seconds, metadata=self._metadata)
         try:
             answer: bytes = await call
             return answer

@@ -13,6 +13,7 @@ from loadtest.plan import Plan
 from loadtest.report import Report
 from loadtest.runner import Runner
 from loadtest.targets import make
+from rpc.tls import ClientTls
 
 
 class Display(Protocol):
@@ -31,12 +32,24 @@ class Session:
         plan: What to do.
         samples: Images to send.
         display: Shows how it goes.
+        tls: As of :class:`gateway.client.ImageClient`, and so is ``api_key``.
+        api_key: As said.
     """
 
-    def __init__(self, plan: Plan, samples: Sequence[Sample], *, display: Display | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        samples: Sequence[Sample],
+        *,
+        display: Display | None = None,
+        tls: ClientTls | None = None,
+        api_key: str | None = None,
+    ) -> None:
         self._plan = plan
         self._samples = samples
         self._display = display
+        self._tls = tls
+        self._api_key = api_key
         self._runner: Runner | None = None
         self._model = ""
         self._started = datetime.now(UTC)
@@ -65,7 +78,9 @@ class Session:
             seed=plan.seed,
         )
         async with (
-            Caller(plan.address, target, timeout_seconds=plan.timeout_seconds) as caller,
+            Caller(
+                plan.address, target, timeout_seconds=plan.timeout_seconds, tls=self._tls, api_key=self._api_key
+            ) as caller,
             TritonCounters(plan.triton, plan.triton_metrics) as counters,
         ):
             self._model = await caller.start()

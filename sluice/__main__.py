@@ -1,5 +1,6 @@
 """``sluice``: runs a command; what its user can put right becomes one line and an exit status."""
 
+import os
 import sys
 
 from sluice.readiness import end_with_parent
@@ -7,6 +8,8 @@ from sluice.readiness import end_with_parent
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+_ASKING = ("classify", "compare", "health", "loadtest")
 
 # Errors that carry a message for the user, by the package that raises them; imported only when one came up.
 _ROOTS = (
@@ -40,6 +43,9 @@ def main() -> None:
 
 
 def _run() -> None:
+    if sys.argv[1:2] and sys.argv[1] in _ASKING:
+        # gRPC would print its own account of a TLS handshake that failed, beside ours.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if sys.argv[1:2] == ["health"]:
         # Run every few seconds in every container, and all commands together take four times as long to import.
         from sluice.health import main as check

@@ -6,22 +6,30 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gateway.client import Classification, ClientError, ImageClient
+from gateway.client import Classification, ClientError, ClientTls, ImageClient
 
 _BATCH = 64
 # The file's name says it better.
 _PLACE_IN_BATCH = re.compile(r"^images\[\d+\](\.\w+)?: ")
 
 
-async def run(files: Sequence[Path], *, server: str, model: str, as_json: bool) -> bool:
+async def run(
+    files: Sequence[Path],
+    *,
+    server: str,
+    model: str,
+    as_json: bool,
+    tls: ClientTls | None = None,
+    api_key: str | None = None,
+) -> bool:
     """
-    Print digit and probability for each file, in order; return whether any failed.
+    Print class and probability for each file, in order; return whether any failed.
 
     Raises:
         gateway.client.ClientError: The gateway cannot be asked at all.
     """
     failed = False
-    async with ImageClient(server) as client:
+    async with ImageClient(server, tls=tls, api_key=api_key) as client:
         for batch in _batches(files):
             unreadable = {path: error for path in batch if (error := _why_unreadable(path)) is not None}
             asked = [path for path in batch if path not in unreadable]

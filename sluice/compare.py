@@ -5,13 +5,23 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from gateway.client import ImageClient, InvalidInputError, SimilarityMethod
+from gateway.client import ClientTls, ImageClient, InvalidInputError, SimilarityMethod
 
 # The file's name says it better.
 _PLACE = re.compile(r"^(first|second)(\.\w+)*: ")
 
 
-async def run(first: Path, second: Path, *, server: str, model: str, method: SimilarityMethod, as_json: bool) -> None:
+async def run(
+    first: Path,
+    second: Path,
+    *,
+    server: str,
+    model: str,
+    method: SimilarityMethod,
+    as_json: bool,
+    tls: ClientTls | None = None,
+    api_key: str | None = None,
+) -> None:
     """
     Print the score of two images and how it was found.
 
@@ -19,7 +29,7 @@ async def run(first: Path, second: Path, *, server: str, model: str, method: Sim
         gateway.client.ClientError: A file is no image, which is named, or the gateway cannot answer.
         OSError: A file cannot be read.
     """
-    async with ImageClient(server) as client:
+    async with ImageClient(server, tls=tls, api_key=api_key) as client:
         try:
             comparison = await client.compare(first, second, model=model, method=method)
         except InvalidInputError as error:

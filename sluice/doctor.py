@@ -6,7 +6,10 @@ import shutil
 from rich.console import Console
 from rich.table import Table
 
-from rpc.settings import load
+from gateway.settings import GatewaySettings
+from rpc.keys import load_keys
+from rpc.settings import SettingsError, load
+from rpc.tls import expiry
 from serving import host
 from serving.host import Finding
 from serving.settings import TritonSettings
@@ -27,6 +30,7 @@ def examine() -> list[Finding]:
         *host.examine(triton.cache),
         *_packages(),
         *_ports(),
+        *_security(load(GatewaySettings)),
         _data(load(StreamerSettings)),
         _model(triton),
         _disk(triton),
@@ -97,6 +101,24 @@ def _model(settings: TritonSettings) -> Finding:
     if settings.model_repository.is_dir() and servable_models(settings.model_repository):
         return _finding("model", True, f"in {settings.model_repository}", None)
     return _finding("model", True, "none yet", "`make demo` or `sluice train` makes one")
+
+
+def _security(settings: GatewaySettings) -> list[Finding]:
+    """Look at TLS files and keys as the gateway will."""
+    findings = []
+    if settings.tls is not None:
+        try:
+            detail, remedy = f"valid until {expiry(settings.tls):%Y-%m-%d}", None
+        except SettingsError as error:
+            detail, remedy = str(error), "put the file right, or the setting"
+        findings.append(_finding("TLS certificate", remedy is None, detail, remedy))
+    if settings.keys_file is not None:
+        try:
+            detail, remedy = f"{len(load_keys(settings.keys_file))} in {settings.keys_file}", None
+        except SettingsError as error:
+            detail, remedy = str(error), "`sluice keys add NAME --scopes classify` makes one"
+        findings.append(_finding("API keys", remedy is None, detail, remedy))
+    return findings
 
 
 def _disk(settings: TritonSettings) -> Finding:

@@ -5,6 +5,7 @@ Containers are checked with it every few seconds, so a check imports nothing but
 """
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -16,6 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import grpc
 
+    from rpc.tls import ClientTls
+    from sluice.access import Access
+
+_OWN_TLS = "SLUICE_GATEWAY_TLS_CERT"
 _TRAIN = "`sluice train` makes one, in containers `docker compose run --rm train`"
 _PLACES = {
     "gateway": ("gateway.settings", "GatewaySettings", "port"),
@@ -52,7 +57,15 @@ def main(words: Sequence[str]) -> int:
     elif options.service == "streamer":
         health = ask_streamer(address, timeout_seconds=options.timeout)
     else:
-        health = ask_gateway(address, timeout_seconds=options.timeout)
+        access = _access(options)
+        # Without an address it is the one of the settings; with one, in a container, the environment tells of it.
+        is_own = options.address is None or _OWN_TLS in os.environ
+        health = ask_gateway(
+            address,
+            timeout_seconds=options.timeout,
+            tls=access.client_tls(is_own=is_own),
+            api_key=access.api_key(),
+        )
         if options.allow_no_model and health.lacks_model:
             health = before_the_first_model(_repository())
     print(f"{options.service} {address}: {health.reason}")
@@ -76,7 +89,37 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--allow-no-model", action="store_true", help="well also as long as no model was ever published"
             )
+            _add_access(one)
     return parser
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """Add what the other commands that ask a gateway have in sluice.options."""
+    parser.add_argument("--tls", action="store_true", default=_is_set("SLUICE_TLS"), help="speak TLS")
+    for name, what in {
+        "tls-ca": "PEM file of the authorities to trust; means --tls",
+        "tls-cert": "PEM file of the own certificate; means --tls",
+        "tls-key": "PEM file of that certificate's key",
+        "tls-server-name": "name in the gateway's certificate; means --tls",
+        "api-key-file": "file of the API key that tells why it is not serving; SLUICE_API_KEY may hold it too",
+    }.items():
+        variable = f"SLUICE_{name.replace('-', '_').upper()}"
+        is_name = name == "tls-server-name"
+        parser.add_argument(
+            f"--{name}", type=str if is_name else Path, default=os.environ.get(variable) or None,
+            metavar="NAME" if is_name else "FILE", help=what,
+        )  # fmt: skip
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def _access(options: argparse.Namespace) -> "Access":
+    from sluice.access import Access
+
+    names = ("tls", "tls_ca", "tls_cert", "tls_key", "tls_server_name", "api_key_file")
+    return Access(**{name: getattr(options, name) for name in names})
 
 
 def _seconds(word: str) -> float:
@@ -85,25 +128,33 @@ def _seconds(word: str) -> float:
     return seconds
 
 
-def ask_gateway(address: str, *, timeout_seconds: float) -> Health:
+def ask_gateway(
+    address: str, *, timeout_seconds: float, tls: "ClientTls | None" = None, api_key: str | None = None
+) -> Health:
     """
     Ask a gateway by grpc.health.v1, and where it is not serving, why.
 
     Args:
         address: ``host:port``.
         timeout_seconds: For all of it.
+        tls: None is plaintext.
+        api_key: For the reason; whether it serves is told to everybody.
+
+    Raises:
+        SettingsError: A TLS file or the key cannot be used.
     """
     import grpc
 
     deadline = time.monotonic() + timeout_seconds
-    with _channel(address) as channel:
+    with _channel(address, tls) as channel:
         try:
             if _is_serving(channel, timeout_seconds):
                 return Health(is_well=True, reason="serving")
         except grpc.RpcError as error:
-            return Health(is_well=False, reason=f"no answer: {_details(error)}")
+            reason = _tls_problem(address, tls, deadline) or _details(error)
+            return Health(is_well=False, reason=f"no answer: {reason}")
         try:
-            has_model = _has_model(channel, max(deadline - time.monotonic(), 0.0))
+            has_model = _has_model(channel, max(deadline - time.monotonic(), 0.0), address, tls, api_key)
         except grpc.RpcError as error:
             return Health(is_well=False, reason=f"not serving: {_details(error)}")
     if has_model:
@@ -165,10 +216,31 @@ def _repository() -> Path:
     return load(GatewaySettings).model_repository
 
 
-def _channel(address: str) -> "grpc.Channel":
+def _channel(address: str, tls: "ClientTls | None" = None) -> "grpc.Channel":
     import grpc
 
-    return grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),))
+    options = (("grpc.enable_http_proxy", 0),)
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    from rpc.tls import channel_options, client_credentials
+
+    return grpc.secure_channel(address, client_credentials(tls), options=(*options, *channel_options(tls)))
+
+
+def _tls_problem(address: str, tls: "ClientTls | None", deadline: float) -> str | None:
+    """Look for it where anybody listens, which is not where most checks fail."""
+    import asyncio
+    import socket
+
+    host, _, port = address.rpartition(":")
+    try:
+        seconds = max(deadline - time.monotonic(), 0.01)
+        socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+    except (OSError, ValueError):
+        return None
+    from rpc.diagnosis import tls_problem
+
+    return asyncio.run(tls_problem(address, tls, timeout_seconds=max(deadline - time.monotonic(), 0.0)))
 
 
 def _is_serving(channel: "grpc.Channel", timeout_seconds: float) -> bool:
@@ -178,11 +250,19 @@ def _is_serving(channel: "grpc.Channel", timeout_seconds: float) -> bool:
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _has_model(channel: "grpc.Channel", timeout_seconds: float) -> bool:
+def _has_model(
+    channel: "grpc.Channel", timeout_seconds: float, address: str, tls: "ClientTls | None", api_key: str | None
+) -> bool:
     from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
 
-    stub = image_service_pb2_grpc.ImageServiceStub(channel)
-    return bool(stub.ListModels(image_service_pb2.ListModelsRequest(), timeout=timeout_seconds).models)
+    metadata = None
+    if api_key is not None:
+        from rpc.access import key_metadata
+
+        metadata = key_metadata(api_key, address, tls)
+    list_models = image_service_pb2_grpc.ImageServiceStub(channel).ListModels
+    request = image_service_pb2.ListModelsRequest()
+    return bool(list_models(request, timeout=timeout_seconds, metadata=metadata).models)
 
 
 def _details(error: Any) -> str:

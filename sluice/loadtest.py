@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from loadtest.targets import KINDS, Kind
 from rpc.address import joined
 from rpc.settings import SettingsError, load
 from serving.settings import TritonSettings
+from sluice.access import Access
 from sluice.interruption import run_until_stopped
 from streamer.settings import StreamerSettings
 
@@ -58,6 +59,7 @@ class LoadTestOptions:
     images: Path | None = None
     seed: int = 0
     json: Path | None = None
+    access: Access = field(default_factory=Access)
 
 
 def plan_of(options: LoadTestOptions) -> Plan:
@@ -104,6 +106,10 @@ def run(options: LoadTestOptions) -> int:
         OSError: The JSON file cannot be written.
     """
     plan = plan_of(options)
+    # A Triton knows neither.
+    is_gateway = plan.target != "triton"
+    tls = options.access.client_tls(is_own=options.server is None) if is_gateway else None
+    api_key = options.access.api_key() if is_gateway else None
     if options.streamer and options.images:
         raise SettingsError("--streamer and --images both say where images come from; give one of them")
     # Now, and not after the test.
@@ -113,7 +119,7 @@ def run(options: LoadTestOptions) -> int:
 
     async def work() -> None:
         nonlocal session
-        session = Session(plan, await _samples(options), display=ProgressView())
+        session = Session(plan, await _samples(options), display=ProgressView(), tls=tls, api_key=api_key)
         await session.run()
 
     with asyncio.Runner(loop_factory=precise_event_loop) as runner:

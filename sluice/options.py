@@ -6,12 +6,14 @@ A section's fields are the one place that names its settings.
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
 from rpc.settings import Settings, load, variable_of
+from sluice.access import KEY_VARIABLE, Access
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -26,6 +28,35 @@ LoadingTriton = Annotated[
 ]
 TellsTriton = Annotated[bool, typer.Option(help="Whether to have a Triton load the new version.")]
 JsonObject = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_ACCESS: dict[str, Any] = {
+    "tls": Annotated[
+        bool,
+        typer.Option("--tls", envvar="SLUICE_TLS", help="TLS, trusting the system's authorities where none is given."),
+    ],
+    "tls_ca": Annotated[
+        Path | None,
+        typer.Option("--tls-ca", envvar="SLUICE_TLS_CA", help="PEM file of the authorities to trust; means --tls."),
+    ],
+    "tls_cert": Annotated[
+        Path | None,
+        typer.Option("--tls-cert", envvar="SLUICE_TLS_CERT", help="PEM file of the own certificate; means --tls."),
+    ],
+    "tls_key": Annotated[
+        Path | None, typer.Option("--tls-key", envvar="SLUICE_TLS_KEY", help="PEM file of that certificate's key.")
+    ],
+    "tls_server_name": Annotated[
+        str | None,
+        typer.Option(
+            "--tls-server-name", envvar="SLUICE_TLS_SERVER_NAME", help="Name in the gateway's certificate; means --tls."
+        ),
+    ],
+    "api_key_file": Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file", envvar="SLUICE_API_KEY_FILE", help=f"File of the API key; {KEY_VARIABLE} may hold it too."
+        ),
+    ],
+}
 # As in training.release.precision, which imports torch.
 Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 
@@ -52,6 +83,30 @@ def with_options(
         return command
 
     return decorate
+
+
+def with_access(run: Callable[..., None]) -> Callable[..., None]:
+    """Turn ``run(..., access)``, which asks a gateway, into a command with the options for TLS and API key."""
+    own = [each for each in inspect.signature(run).parameters.values() if each.name != "access"]
+
+    def command(**options: Any) -> None:
+        access = Access(**{name: options.pop(name) for name in _ACCESS})
+        run(**options, access=access)
+
+    command.__doc__ = run.__doc__
+    command.__name__ = run.__name__
+    command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what typer reads
+        [
+            *(each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own),
+            *(
+                inspect.Parameter(
+                    name, inspect.Parameter.KEYWORD_ONLY, default=False if name == "tls" else None, annotation=option
+                )
+                for name, option in _ACCESS.items()
+            ),
+        ]
+    )
+    return command
 
 
 def _parameter(settings: type[Settings], name: str) -> inspect.Parameter:

@@ -9,9 +9,18 @@ from typing import Annotated
 
 import typer
 
-from sluice.commands import checks, datasets, questions, releases, runs, searches, services, streams
+from gateway.settings import GatewaySettings
+from rpc.settings import unknown_variables
+from serving.settings import TritonSettings
+from sluice.commands import checks, datasets, keys, questions, releases, runs, searches, services, streams
+from sluice.commands.progress import say
+from sluice.settings import UpSettings
+from streamer.settings import StreamerSettings
 
-__all__ = ["app"]
+__all__ = ["SECTIONS", "app"]
+
+SECTIONS = (GatewaySettings, StreamerSettings, TritonSettings, UpSettings)
+"""Every section of settings."""
 
 app = typer.Typer(
     help="Train image classifiers from a network stream of samples and serve them over gRPC.",
@@ -28,6 +37,8 @@ def _version(
     if show:
         print(f"sluice {installed_version('sluice')}")
         raise typer.Exit
+    for line in unknown_variables(SECTIONS):
+        say(f"warning: {line}")
 
 
 app.command()(services.up)
@@ -52,6 +63,12 @@ data = typer.Typer(help="Data sets on this machine.", no_args_is_help=True, rich
 data.command()(datasets.fetch)
 data.command()(datasets.pack)
 app.add_typer(data, name="data")
+
+key = typer.Typer(help="API keys of the gateway.", no_args_is_help=True, rich_markup_mode=None)
+key.command()(keys.add)
+key.command("list")(keys.list_keys)
+key.command()(keys.remove)
+app.add_typer(key, name="keys")
 
 stream = typer.Typer(
     help="A running streamer, and proof of what was read from it.", no_args_is_help=True, rich_markup_mode=None

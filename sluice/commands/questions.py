@@ -9,27 +9,40 @@ import typer
 from gateway.settings import GatewaySettings
 from rpc.address import joined
 from rpc.settings import load
-from sluice.options import GatewayAddress, JsonObject
+from sluice.access import Access
+from sluice.options import GatewayAddress, JsonObject, with_access
 
 # As in gateway.client, which takes as long to import as NumPy.
 Similarity = Literal["unspecified", "embedding_cosine", "pixel_cosine", "ssim"]
 ModelAsked = Annotated[str, typer.Option(help="Model name; the server's default when not given.")]
 
 
+@with_access
 def classify(
+    *,
     files: Annotated[list[Path], typer.Argument(help="Images: PNG, JPEG, BMP, GIF, WebP, TIFF or PGM.")],
     server: GatewayAddress = None,
     model: ModelAsked = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
+    access: Access,
 ) -> None:
-    """Print digit and probability for each file; exits 1 when one of them cannot be read."""
+    """Print class and probability for each file; exits 1 when one of them cannot be read."""
     from sluice.classify import run
 
-    failed = asyncio.run(run(files, server=server or _gateway_address(), model=model, as_json=as_json))
-    raise typer.Exit(1 if failed else 0)
+    asking = run(
+        files,
+        server=server or _gateway_address(),
+        model=model,
+        as_json=as_json,
+        tls=access.client_tls(is_own=server is None),
+        api_key=access.api_key(),
+    )
+    raise typer.Exit(1 if asyncio.run(asking) else 0)
 
 
+@with_access
 def compare(
+    *,
     first: Annotated[Path, typer.Argument(help="An image: PNG, JPEG, BMP, GIF, WebP, TIFF or PGM.")],
     second: Annotated[Path, typer.Argument(help="Another one; the order does not matter.")],
     method: Annotated[
@@ -38,14 +51,27 @@ def compare(
     server: GatewayAddress = None,
     model: ModelAsked = "",
     as_json: JsonObject = False,
+    access: Access,
 ) -> None:
     """Print how alike two images are: -1..1, and 1 for equal ones."""
     from sluice.compare import run
 
-    asyncio.run(run(first, second, server=server or _gateway_address(), model=model, method=method, as_json=as_json))
+    asking = run(
+        first,
+        second,
+        server=server or _gateway_address(),
+        model=model,
+        method=method,
+        as_json=as_json,
+        tls=access.client_tls(is_own=server is None),
+        api_key=access.api_key(),
+    )
+    asyncio.run(asking)
 
 
+@with_access
 def loadtest(
+    *,
     target: Annotated[
         str,
         typer.Option(
@@ -88,6 +114,7 @@ def loadtest(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File for the result as JSON, with ghz's field names; - prints it.")
     ] = None,
+    access: Access,
 ) -> None:
     """Measure latency, throughput and accuracy under load; Ctrl-C ends it early with what it has."""
     from sluice.loadtest import LoadTestOptions, run
@@ -110,6 +137,7 @@ def loadtest(
         images=images,
         seed=seed,
         json=json_file,
+        access=access,
     )
     raise typer.Exit(run(options))
 

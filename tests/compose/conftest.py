@@ -74,7 +74,7 @@ def project(built_project: Project) -> Project:
 @pytest.fixture(scope="session")
 def trained_project(project: Project) -> Project:
     """With a model that the container `train` trained, as well as needed, from the container `streamer`."""
-    # 40,000 samples: the fewest that a run by time trains on, too.
+    # 40,000 samples: as few as `sluice demo` trains on.
     done = project.compose("run", "--rm", "-T", "train", "--epochs", "10", timeout_seconds=1800)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{project.logs()}"
     return project

@@ -87,3 +87,8 @@ def test_cut_files_are_left_to_the_decoder(digit: Pixels, kind: str) -> None:
             check_parts(data[:length])
         except TooManyPartsError:
             assert kind == "PPM"  # without its header it has none of a lawful length
+
+
+@pytest.mark.parametrize("place", [5000, 2**63])
+def test_tiff_that_points_beyond_its_end_is_left_to_the_decoder(place: int) -> None:
+    check_parts(b"II+\0\x08\0\0\0" + struct.pack("<Q", place) + bytes(2000))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rpc.settings import SECTIONS, unknown_variables
 from serving.settings import TritonSettings
+from sluice import commands
 from sluice.doctor import examine
 from streamer.settings import StreamerSettings
 
@@ -49,6 +51,31 @@ def test_misspelt_variable_is_refused() -> None:
 
     assert done.returncode == 2
     assert "SLUICE_STREAMER_PROT: no such setting" in done.stderr
+
+
+def test_misspelt_variable_of_no_section_is_told_with_the_one_meant() -> None:
+    done = sluice("train", "--print-config", SLUICE_GATWAY_PORT="1")
+
+    assert done.returncode == 0
+    assert done.stderr == "warning: SLUICE_GATWAY_PORT: no such setting; did you mean SLUICE_GATEWAY_PORT?\n"
+
+
+def test_variables_that_options_read_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = sluice("classify", "--help").stdout + (ROOT / "sluice" / "options.py").read_text()
+    named = set(re.findall(r'(?:env var: |envvar=")(SLUICE_\w+)', shown))
+    for variable in named:
+        monkeypatch.setenv(variable, "1")
+
+    assert "SLUICE_API_KEY_FILE" in named
+    assert list(unknown_variables(commands.SECTIONS)) == []
+
+
+def test_classify_speaks_of_classes_as_not_all_are_digits() -> None:
+    assert "class and probability" in sluice("classify", "--help").stdout
+
+
+def test_every_section_may_be_in_the_file() -> None:
+    assert {settings.section for settings in commands.SECTIONS} == SECTIONS
 
 
 @pytest.mark.parametrize(("command", "settings"), [("streamer", StreamerSettings), ("triton", TritonSettings)])
