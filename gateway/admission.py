@@ -128,15 +128,18 @@ class Slot:
 
     The ``with`` block is the first holder. Work that may outlive the block, because its caller has gone, takes a
     :meth:`hold` of its own, so that what still burdens Triton still counts.
+
+    Attributes:
+        identity: Whose it is.
     """
 
-    __slots__ = ("_admission", "_entered", "_identity", "_num_bytes", "_num_holders", "_num_images")
+    __slots__ = ("_admission", "_entered", "_num_bytes", "_num_holders", "_num_images", "identity")
 
     def __init__(self, admission: Admission, num_images: int, num_bytes: int = 0, identity: str = "") -> None:
         self._admission = admission
         self._num_images = num_images
         self._num_bytes = num_bytes
-        self._identity = identity
+        self.identity = identity
         self._num_holders = 1
         self._entered = time.monotonic()
 
@@ -157,4 +160,4 @@ class Slot:
         self._num_holders -= 1
         if self._num_holders == 0:
             seconds = time.monotonic() - self._entered
-            self._admission._leave(self._num_images, self._num_bytes, self._identity, seconds)
+            self._admission._leave(self._num_images, self._num_bytes, self.identity, seconds)

@@ -102,7 +102,9 @@ class GatewayServer:
 
     async def _start(self, stack: AsyncExitStack) -> None:
         settings = self._settings
-        # Above its own limit, far beyond ours, Pillow only warns.
+        # What Pillow says of odd files would be written to the log, and kept for ever, once for each text.
+        warnings.filterwarnings("ignore", module="PIL")
+        # Above its own limit, far beyond ours, it only warns.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         server = self._listen(stack)
 

@@ -1,6 +1,7 @@
 """Each RPC of ImageService: check the request, call inward, answer; and the gRPC status of every error."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -37,7 +38,9 @@ from imaging.decoding import Pixels
 from imaging.framing import Framing, Manner, Polarity
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc import budget
 from rpc.access import identity
+from rpc.budget import REQUEST_ID_KEY
 
 Context = grpc.aio.ServicerContext[Any, Any]
 InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedRequest | pb.CompareRequest
@@ -154,7 +157,9 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         lane = self._lane(model, PROBABILITIES)
         num_bytes = sum(map(_num_bytes, request.images))
         with self._enter(len(request.images), num_bytes, context, lane) as slot:
+            started = time.perf_counter()
             read = await self._read_all(request.images, model.card)
+            budget.current().spend("decode", time.perf_counter() - started)
             good = [one for one in read if not isinstance(one, InvalidImageError)]
             rows = iter(await self._ask(lane, good, slot, request, context) if good else ())
         answers = [one if isinstance(one, InvalidImageError) else next(rows) for one in read]
@@ -274,13 +279,16 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         return self._lanes.of(model, output)
 
     def _enter(self, num_images: int, num_bytes: int, context: Context, lane: Lane | None) -> Slot:
-        return self._admission.enter(
+        started = time.perf_counter()
+        slot = self._admission.enter(
             num_images,
             num_bytes=num_bytes,
             identity=identity(context),
             remaining_seconds=context.time_remaining(),
             expected_seconds=lane.expected_seconds(num_images) if lane is not None else 0.0,
         )
+        budget.current().spend("admission", time.perf_counter() - started)
+        return slot
 
     async def _ask(
         self, lane: Lane, images: Sequence[Pixels], slot: Slot, request: InferenceRequest, context: Context
@@ -294,10 +302,11 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             GatewayError: There is an answer to none of them.
         """
         remaining = context.time_remaining()
-        deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-        pixels = [image.tobytes() for image in images]
+        loop = asyncio.get_running_loop()
+        deadline = None if remaining is None else loop.time() + remaining
         slot.hold()
-        ask = lane.ask(pixels, slot, identity=identity(context), deadline=deadline)
+        pixels = [image.tobytes() for image in images]
+        ask = lane.ask(pixels, slot, identity=slot.identity, deadline=deadline)
         try:
             answers = await ask.future
         except asyncio.CancelledError:
@@ -306,6 +315,11 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         except UpstreamError:
             self._on_upstream_error()
             raise
+        if ask.sent_at:
+            spent = budget.current()
+            spent.spend("coalesce", ask.sent_at - ask.queued_at)
+            spent.spend("upstream", loop.time() - ask.sent_at)
+            spent.count("batch", ask.num_shared)
         errors = [answer for answer in answers if isinstance(answer, GatewayError)]
         if errors:
             self._on_upstream_error()
@@ -322,10 +336,13 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
     async def _read(self, image: pb.Image, card: Card, *, field: str) -> Pixels:
         """Read the image that the request holds in ``field``."""
+        started = time.perf_counter()
         try:
             return await self._read_where_it_pays(image, card)
         except InvalidImageError as error:
             raise error.within(field) from error
+        finally:
+            budget.current().spend("decode", time.perf_counter() - started)
 
     async def _read_where_it_pays(self, image: pb.Image, card: Card) -> Pixels:
         manner = _manner(image, card)
@@ -374,7 +391,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
 
 async def _abort(context: Context, error: GatewayError) -> NoReturn:
-    metadata = [(REASON_KEY, type(error).__name__)]
+    metadata = [(REASON_KEY, type(error).__name__), (REQUEST_ID_KEY, budget.current().request_id)]
     if isinstance(error, OverloadedError):
         metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_seconds * 1000))))
     await context.abort(_status(error), str(error), tuple(metadata))

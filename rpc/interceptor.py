@@ -4,6 +4,7 @@ from __future__ import annotations  # grpc's classes are generic in their stubs 
 
 import asyncio
 import functools
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -13,7 +14,9 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from rpc import budget
 from rpc.access import Access, Refusal, key_name
+from rpc.budget import REQUEST_ID_KEY, Budget
 from rpc.telemetry import MethodMetrics
 
 log = structlog.get_logger(__name__)
@@ -141,7 +144,9 @@ def _guard(
         call = _Call(method, context, metrics)
         try:
             request = open_request(parse, data, call)
-            return await respond(request if handler.request_streaming else await request, context)
+            response = await respond(request if handler.request_streaming else await request, context)
+            call.tell_budget()
+            return response
         except asyncio.CancelledError:
             call.is_cut = True
             raise
@@ -329,12 +334,21 @@ class _Call:
         self._peer = context.peer()
         key = key_name()
         self._caller = {"key": key} if key else {}
+        self._budget: Budget | None = None
+        if not self.is_quiet:
+            self._budget = budget.begin(context.invocation_metadata())
+            context.set_trailing_metadata(((REQUEST_ID_KEY, self._budget.request_id),))
         if metrics is not None:
             metrics.begin()
 
     def receive(self, data: bytes) -> None:
         if self._metrics is not None:
             self._metrics.receive(len(data))
+
+    def tell_budget(self) -> None:
+        """Tell the caller the call's id and what its time went into, behind the answer that follows."""
+        if self._budget is not None:
+            self._context.set_trailing_metadata(self._budget.metadata(time.perf_counter() - self._started))
 
     async def refuse(self) -> None:
         await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
@@ -362,8 +376,10 @@ class _Call:
         seconds, code = time.perf_counter() - self._started, code or self._code()
         if self._metrics is not None:
             self._metrics.end(code, seconds)
-        if not self.is_quiet:
-            log.info("rpc", method=self._method, code=code, seconds=round(seconds, 6), peer=self._peer, **self._caller)
+        if not self.is_quiet and log.is_enabled_for(logging.INFO):
+            spent = {"request_id": self._budget.request_id, **self._budget.fields()} if self._budget else {}
+            fields = {"code": code, "seconds": round(seconds, 6), "peer": self._peer, **self._caller, **spent}
+            log.info("rpc", method=self._method, **fields)
 
     def _code(self) -> str:
         if self.is_cut or self._context.cancelled():

@@ -15,6 +15,7 @@ from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc.budget import parse
 from tests.gateway.fake_triton import FakeTriton, confident, label_of, normalised
 from tests.scraping import becomes, value
 
@@ -564,3 +565,25 @@ async def test_stream_waits_for_room_where_a_call_is_sent_away(
         await call.done_writing()
 
         assert [response.result.code async for response in call] == [0] * 20
+
+
+# Where the time went
+
+
+async def test_answer_comes_with_its_id_and_where_its_time_went(stub: Any, digit: NDArray[np.uint8]) -> None:
+    call = stub.Classify(pb.ClassifyRequest(image=picture(digit)), metadata=[("x-request-id", "abc-1")])
+    await call
+    told = dict(await call.trailing_metadata())
+    timing = parse(told["server-timing"])
+
+    assert told["x-request-id"] == "abc-1"
+    assert list(timing) == ["admission", "decode", "coalesce", "upstream", "batch", "total"]
+    assert timing["batch"] == 1
+    assert sum(timing[stage] for stage in ("admission", "decode", "coalesce", "upstream")) <= timing["total"] + 0.1
+
+
+async def test_refusal_comes_with_an_id_too(stub: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Classify(pb.ClassifyRequest(image=pb.Image(encoded=b"no")))
+
+    assert dict(refused.value.trailing_metadata() or ())["x-request-id"]

@@ -63,3 +63,9 @@ def many_scans_jpeg(num_scans: int, side: int) -> bytes:
     runs = bytes(int(bits[start : start + 8], 2) for start in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
     empty = b"\xff\xda\0\x08\1\1\0\1\x3f\0" + runs
     return b"\xff\xd8" + quantisation + frame + codes + first + empty * num_scans + b"\xff\xd9"
+
+
+def odd_tiff(num_tags: int) -> bytes:
+    """Return a TIFF header whose tags all say that they are longer than the file."""
+    tags = b"".join(struct.pack("<HHII", 1000 + number, 1, 1 << 30, 8) for number in range(num_tags))
+    return b"II*\0" + struct.pack("<IH", 8, num_tags) + tags + bytes(4)

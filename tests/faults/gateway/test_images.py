@@ -22,7 +22,7 @@ from imaging.decoding import FORMATS, Pixels
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.digits import LOSSLESS, difference, encoded, enlarged, seven
-from tests.faults.gateway.files import animated_png, chunk, header, many_scans_jpeg, png
+from tests.faults.gateway.files import animated_png, chunk, header, many_scans_jpeg, odd_tiff, png
 from tests.faults.gateway.process import MEBI, Gateway, Meter
 from tests.faults.report import Row
 from tests.gateway.fake_triton import FakeTriton
@@ -361,19 +361,22 @@ async def test_same_digit_in_every_colour_mode(ask: Asker, measured: Measured) -
     assert max(lossy) <= 4
 
 
-async def test_much_in_little_costs_little(ask: Asker, measured: Measured) -> None:
+async def test_much_in_little_costs_little(ask: Asker, gateway: Gateway, measured: Measured) -> None:
     """I10: frames, chunks and scans without end."""
     row = measured(
         "I10",
-        fault="APNG of 1,000 and 10,000 frames, 100,000 text chunks, progressive JPEG of 1,000 scans of 4096x4096",
-        promised="the first frame alone, or INVALID_ARGUMENT; at most 64 MiB",
+        fault="APNG of 1,000 and 10,000 frames, 100,000 text chunks, progressive JPEG of 1,000 scans of 4096x4096, "
+        "TIFF of 5,000 tags that are too long",
+        promised="the first frame alone, or INVALID_ARGUMENT; at most 64 MiB; nothing in the log but the calls",
     )
     files = {
         "1,000 frames": animated_png(1000),
         "10,000 frames": animated_png(10_000),
         "chunks": png(before=chunk(b"tEXt", b"k\0v") * 100_000),
         "scans": many_scans_jpeg(1000, 4096),
+        "tags": odd_tiff(5000),
     }
+    num_lines = len(gateway.lines())
     for name, data in files.items():
         started = time.monotonic()
         asked = await ask.image(data)
@@ -381,6 +384,7 @@ async def test_much_in_little_costs_little(ask: Asker, measured: Measured) -> No
         assert asked.code in (None, INVALID_ARGUMENT)
     ask.note(row)
     assert ask.peak_bytes <= 64 * MEBI
+    assert {line["event"] for line in gateway.lines()[num_lines:]} <= {"rpc"}
 
 
 async def test_what_follows_an_image_is_ignored(ask: Asker, measured: Measured) -> None:
