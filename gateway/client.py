@@ -9,7 +9,7 @@ The async client of ImageService.
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self, TypedDict
@@ -17,8 +17,9 @@ from typing import Any, Self, TypedDict
 import grpc
 
 from gateway.asking import answers
-from gateway.asking.answers import Classification, Comparison, Embedding, Model, Prediction
+from gateway.asking.answers import Classification, Comparison, Embedding, Model, Prediction, Timing
 from gateway.asking.channel import open_channel, readiness
+from gateway.asking.conversation import Conversation
 from gateway.asking.failures import (
     ClientError,
     DeadlineError,
@@ -46,6 +47,7 @@ from gateway.asking.inputs import (
     checked,
     message_of,
     method_of,
+    requests_of,
 )
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
@@ -76,6 +78,7 @@ __all__ = [
     "ServerError",
     "ServerUnreachableError",
     "SimilarityMethod",
+    "Timing",
     "UnauthenticatedError",
 ]
 
@@ -184,8 +187,8 @@ class ImageClient:
             **self._asked(model, version),
             top_k=checked("top_k", top_k),
         )
-        response = await self._call(stub.Classify, request, timeout_seconds)
-        return answers.classification(response.top, response.model, response.model_version)
+        response, timing = await self._call(stub.Classify, request, timeout_seconds)
+        return answers.classification(response.top, response.model, response.model_version, timing)
 
     async def classify_batch(
         self,
@@ -217,6 +220,57 @@ class ImageClient:
         async for messages in calls_of(images, polarity, framing):
             classified += await self._classify_part(messages, len(classified), options, timeout_seconds)
         return classified
+
+    async def classify_many(
+        self,
+        images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+        *,
+        model: str | None = None,
+        version: int | None = None,
+        top_k: int = 1,
+        polarity: Polarity = "unspecified",
+        framing: Framing = "unspecified",
+        timeout_seconds: float | None = None,
+        window: int = 256,
+    ) -> AsyncGenerator[Classification | ImageError]:
+        """
+        Classify images without end, over one stream; yields their answers in their order.
+
+        At most ``window`` images are read that were not yielded yet: the gateway's pace is the source's, and yours is
+        the gateway's. An image that cannot be read, here or there, becomes an :class:`ImageError` in its place. A
+        stream that breaks is opened again, and what had no answer is asked again. Leave it early with
+        ``contextlib.aclosing``, or by cancelling.
+
+        Arguments and errors are those of :meth:`classify`, but that files which cannot be read raise nothing;
+        ``timeout_seconds`` is the longest wait for an answer that is due.
+
+        Args:
+            images: A path, file, array or Pillow image each; read in a thread where it is no async iterable.
+            model: ``None`` is the client's.
+            version: ``None`` is the client's.
+            top_k: How many classes to list in ``top``.
+            polarity: Of all images.
+            framing: Of all images.
+            timeout_seconds: ``None`` is the client's.
+            window: At least 1; the gateway has one of its own, 256 by default.
+        """
+        stub = self._connected()
+        seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        options = pb.ClassifyRequest(**self._asked(model, version), top_k=checked("top_k", top_k))
+        conversation = Conversation(
+            lambda: stub.ClassifyStream(metadata=self._metadata),
+            requests_of(images, options, polarity, framing),
+            window=max(checked("window", window), 1),
+            timeout_seconds=seconds,
+        )
+        try:
+            async with aclosing(conversation.answers()) as told:
+                async for answer in told:
+                    yield answer if isinstance(answer, ImageError) else answers.streamed(answer)
+        except grpc.aio.AioRpcError as error:
+            raise await self._meant(error, seconds) from error
+        except TimeoutError:
+            raise DeadlineError(f"no answer from {self.address} within {seconds:g} s; raise timeout_seconds") from None
 
     async def compare(
         self,
@@ -252,8 +306,8 @@ class ImageClient:
             method=method_number,
             **self._asked(model, version),
         )
-        response = await self._call(stub.Compare, request, timeout_seconds)
-        return answers.comparison(response, method)
+        response, timing = await self._call(stub.Compare, request, timeout_seconds)
+        return answers.comparison(response, method, timing)
 
     async def embed(
         self,
@@ -271,8 +325,8 @@ class ImageClient:
             image=await message_of(image, polarity, framing),
             **self._asked(model, version),
         )
-        response = await self._call(stub.Embed, request, timeout_seconds)
-        return answers.embedding(response)
+        response, timing = await self._call(stub.Embed, request, timeout_seconds)
+        return answers.embedding(response, timing)
 
     async def models(self, *, timeout_seconds: float | None = None) -> list[Model]:
         """
@@ -282,7 +336,7 @@ class ImageClient:
             timeout_seconds: ``None`` is the client's.
         """
         stub = self._connected()
-        response = await self._call(stub.ListModels, pb.ListModelsRequest(), timeout_seconds)
+        response, _ = await self._call(stub.ListModels, pb.ListModelsRequest(), timeout_seconds)
         return answers.models(response)
 
     async def wait_ready(self, *, timeout_seconds: float | None = None) -> None:
@@ -321,27 +375,30 @@ class ImageClient:
         request = pb.ClassifyBatchRequest(images=messages)
         request.MergeFrom(options)
         try:
-            response = await self._call(self._connected().ClassifyBatch, request, timeout_seconds)
+            response, timing = await self._call(self._connected().ClassifyBatch, request, timeout_seconds)
         except TooLargeError as error:
             if len(messages) == 1:
                 return [ImageError(f"images[{start}]: {error}", index=start)]
             half = len(messages) // 2
             first = await self._classify_part(messages[:half], start, options, timeout_seconds)
             return first + await self._classify_part(messages[half:], start + half, options, timeout_seconds)
-        return answers.classifications(response, start)
+        return answers.classifications(response, start, timing)
 
-    async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_seconds: float | None) -> tuple[Any, Timing | None]:
         seconds = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         call = method(request, timeout=seconds, metadata=self._metadata)
         try:
-            return await call
+            return await call, answers.timing(await call.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
-            meant = error_of(self.address, error, seconds=seconds)
-            if isinstance(meant, ServerUnreachableError) and error.code() is grpc.StatusCode.UNAVAILABLE:
-                meant = await self._unreachable(error.details() or error.code().name)
-            raise meant from error
+            raise await self._meant(error, seconds) from error
         finally:
             call.cancel()
+
+    async def _meant(self, error: grpc.aio.AioRpcError, seconds: float) -> ClientError:
+        meant = error_of(self.address, error, seconds=seconds)
+        if isinstance(meant, ServerUnreachableError) and error.code() is grpc.StatusCode.UNAVAILABLE:
+            return await self._unreachable(error.details() or error.code().name)
+        return meant
 
     async def _unreachable(self, details: str) -> ServerUnreachableError:
         """Look whether TLS is the cause: gRPC says as much of a handshake that failed as of a machine that is off."""

@@ -1,18 +1,22 @@
 """What Sluice asks of a running Triton over gRPC, apart from the gateway's own traffic."""
 
 import asyncio
+import math
 import re
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 import numpy as np
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from serving.errors import ControlError
 
 Array = np.ndarray[Any, Any]
+T = TypeVar("T")
 
+_INPUT, _DIMS = "image", (1, 28, 28)
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -159,14 +163,14 @@ class TritonControl:
         """
         return sorted(state.version for state in await self.states() if state.model == model and state.ready)
 
-    async def statistics(self, model: str) -> Counts:
+    async def statistics(self, model: str, version: int | None = None) -> Counts:
         """
         Return Triton's counters of ``model``; a batch is counted a moment after its answers were sent.
 
         Raises:
             ControlError: It is not loaded.
         """
-        request = service_pb2.ModelStatisticsRequest(name=model)
+        request = service_pb2.ModelStatisticsRequest(name=model, version=str(version or ""))
         versions = (await self._call("ModelStatistics", request)).model_stats
         return Counts(
             inferences=sum(version.inference_count for version in versions),
@@ -192,7 +196,7 @@ class TritonControl:
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"images have to be uint8 [N, 1, 28, 28], not {images.dtype} {list(images.shape)}")
         request = service_pb2.ModelInferRequest(model_name=model, model_version=str(version or ""))
-        request.inputs.add(name="image", datatype="UINT8", shape=images.shape)
+        request.inputs.add(name=_INPUT, datatype="UINT8", shape=images.shape)
         request.outputs.add(name="probabilities__0")
         request.outputs.add(name="embedding__1")
         request.raw_input_contents.append(images.tobytes())
@@ -204,10 +208,45 @@ class TritonControl:
         }
         return arrays["probabilities__0"], arrays["embedding__1"]
 
-    async def _call(self, method: str, request: Any) -> Any:
-        call = asyncio.ensure_future(self._answer(method, request))
+    async def takes_images(self, model: str, version: int) -> bool:
+        """
+        Tell whether a version takes what :meth:`infer` sends, and nothing beside it.
+
+        Raises:
+            ControlError: It is not loaded.
+        """
+        request = service_pb2.ModelConfigRequest(name=model, version=str(version))
+        config = (await self._call("ModelConfig", request)).config
+        inputs = [(one.name, one.data_type, list(one.dims)) for one in config.input]
+        return inputs == [(_INPUT, model_config_pb2.TYPE_UINT8, list(_DIMS))] and config.max_batch_size > 0
+
+    def begin_blank(self, model: str, version: int) -> asyncio.Task[None]:
+        """
+        Start to infer one blank image, however long that takes; do not cancel it.
+
+        Returns:
+            Task that ends with the answer. It raises :class:`ControlError` where there is none, or one with numbers
+            that are none.
+        """
+        return self._begin(self._blank(model, version))
+
+    async def _blank(self, model: str, version: int) -> None:
+        request = service_pb2.ModelInferRequest(model_name=model, model_version=str(version))
+        request.inputs.add(name=_INPUT, datatype="UINT8", shape=(1, *_DIMS))
+        request.raw_input_contents.append(bytes(math.prod(_DIMS)))
+        answer = await self._answer("ModelInfer", request)
+        for output, content in zip(answer.outputs, answer.raw_output_contents, strict=False):
+            if output.datatype == "FP32" and not np.isfinite(np.frombuffer(content[: len(content) & ~3], "<f4")).all():
+                raise ControlError(f"{model} version {version} answers a blank image with NaN or infinity")
+
+    def _begin(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        call = asyncio.create_task(coroutine)
         self._in_flight.add(call)
         call.add_done_callback(self._landed)
+        return call
+
+    async def _call(self, method: str, request: Any) -> Any:
+        call = self._begin(self._answer(method, request))
         try:
             async with asyncio.timeout(self._answer_seconds):
                 return await asyncio.shield(call)

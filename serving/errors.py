@@ -23,3 +23,7 @@ class PortTakenError(TritonStartError):
 
 class ControlError(ServingError):
     """Triton refused, failed or did not answer a request."""
+
+
+class BeyondHealingError(ServingError):
+    """Models do not answer, and loading them again does not help; starting Triton again may."""

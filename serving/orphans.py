@@ -46,6 +46,27 @@ def kill(prefix: str) -> None:
     sweep(prefix)
 
 
+def kill_stubs(prefix: str, version: str) -> None:
+    """
+    End the processes that one version of a model runs in.
+
+    Args:
+        prefix: Of their Triton.
+        version: Its folder, below the one that Triton was started in: ``mnist/1``.
+    """
+    stubs = _processes(lambda found: found == prefix)
+    _kill({pid: found for pid, found in stubs.items() if _folder_served_by(pid) == version})
+
+
+def _folder_served_by(pid: int) -> str:
+    # A stub's first argument is its model's file.
+    with contextlib.suppress(OSError, ValueError):
+        program, file = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:2]
+        if os.path.basename(program) == "triton_python_backend_stub":
+            return os.path.dirname(os.path.normpath(file))
+    return ""
+
+
 def _namespace() -> str:
     return f"{os.stat('/proc/self/ns/pid').st_ino:x}"
 

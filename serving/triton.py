@@ -10,14 +10,15 @@ import socket
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, NoReturn, Self
 
 import structlog
 
 from rpc.address import joined
 from serving import keeper, orphans, soundness
 from serving.control import TritonControl
-from serving.errors import ControlError, PortTakenError, ServingError, TritonStartError
+from serving.errors import BeyondHealingError, ControlError, PortTakenError, ServingError, TritonStartError
+from serving.healer import Healer
 from serving.installation import Installation, install
 from serving.settings import TritonSettings
 
@@ -33,6 +34,10 @@ _STUB_TIMEOUT_SECONDS = 90
 _KEEPER_SECONDS = 5.0
 _PORT_RETRY_SECONDS = 0.02
 _VERSION = re.compile(r"[1-9][0-9]*")
+# After a restart that was for nothing the next one waits, while Triton runs: a better model may be published.
+_FIRST_RESTART_SECONDS = 30.0
+_LONGEST_RESTART_SECONDS = 1800.0
+_STEADY_SECONDS = 600.0
 
 
 class EmbeddedTriton:
@@ -127,6 +132,10 @@ class EmbeddedTriton:
             # Finds nothing unless the keeper was killed before it could clean up.
             orphans.kill(self._prefix)
             await process.wait()
+
+    def kill_stubs(self, model: str, version: int) -> None:
+        """End the processes that one version of a model runs in; Triton does not bring them back."""
+        orphans.kill_stubs(self._prefix, f"{model}/{version}")
 
     async def _spawn(self) -> None:
         with self._open_log() as output:
@@ -260,6 +269,9 @@ async def serve(settings: TritonSettings, *, on_ready: Callable[[str], None], re
     """
     Run the embedded Triton until this is cancelled; cancelled again, kill it.
 
+    A model that stops answering is loaded again, and where that does not help, Triton is started again:
+    :mod:`serving.healer`.
+
     Args:
         settings: Addresses, folders and limits.
         on_ready: Told the gRPC address once models can be loaded and asked.
@@ -269,11 +281,43 @@ async def serve(settings: TritonSettings, *, on_ready: Callable[[str], None], re
         ServingError: It cannot be had or started here, or it died.
     """
     installation = await install(settings.cache, report)
-    async with EmbeddedTriton(settings, installation) as triton:
-        on_ready(triton.address)
-        status = await triton.wait()
+    loop, pause = asyncio.get_running_loop(), 0.0
+    announce: Callable[[str], None] = on_ready
+    while True:
+        since = loop.time()
+        # The connection goes last: nothing that is under way is cancelled, it ends with Triton.
+        async with (
+            TritonControl(joined(settings.host, settings.grpc_port)) as control,
+            EmbeddedTriton(settings, installation) as triton,
+        ):
+            announce(triton.address)
+            healer = Healer(control, settings.model_repository, triton.kill_stubs, restart_after_seconds=pause)
+            try:
+                await _watched(triton, healer, settings)
+            except BeyondHealingError as error:
+                log.warning("triton restarting", reason=str(error))
+        if loop.time() - since > _STEADY_SECONDS + pause:
+            pause = 0.0
+        pause = min(max(_FIRST_RESTART_SECONDS, 2 * pause), _LONGEST_RESTART_SECONDS)
+        announce = _say_nothing
+
+
+async def _watched(triton: EmbeddedTriton, healer: Healer, settings: TritonSettings) -> NoReturn:
+    ended, healing = asyncio.create_task(triton.wait()), asyncio.create_task(healer.run())
+    try:
+        await asyncio.wait({ended, healing}, return_when=asyncio.FIRST_COMPLETED)
+        if not ended.done():
+            await healing
         place = "the lines above" if settings.log_file == _STANDARD_ERROR else settings.log_file
-        raise ServingError(f"Triton ended with status {status}; {place} may say why")
+        raise ServingError(f"Triton ended with status {await ended}; {place} may say why")
+    finally:
+        ended.cancel()
+        healing.cancel()
+        await asyncio.wait({ended, healing})
+
+
+def _say_nothing(address: str) -> None:
+    """Who waited for the address has it."""
 
 
 def servable_models(repository: Path) -> list[str]:

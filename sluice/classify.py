@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from gateway.client import Classification, ClientError, ClientTls, ImageClient
@@ -19,11 +19,21 @@ async def run(
     server: str,
     model: str,
     as_json: bool,
+    verbose: bool = False,
     tls: ClientTls | None = None,
     api_key: str | None = None,
 ) -> bool:
     """
     Print class and probability for each file, in order; return whether any failed.
+
+    Args:
+        files: Images, asked 64 at a time.
+        server: Address of the gateway.
+        model: Empty is the gateway's default.
+        as_json: A JSON object a line.
+        verbose: Tell on standard error where the time of each call went at the gateway.
+        tls: How to know the gateway.
+        api_key: To show it.
 
     Raises:
         gateway.client.ClientError: The gateway cannot be asked at all.
@@ -38,7 +48,20 @@ async def run(
                 answer = unreadable.get(path) or answers[path]
                 failed |= isinstance(answer, str | ClientError)
                 _print(path, answer, as_json=as_json)
+            if verbose:
+                _print_timings(answers.values())
     return failed
+
+
+def _print_timings(answers: Iterable[Classification | ClientError]) -> None:
+    timings = {
+        answer.timing.request_id: answer.timing
+        for answer in answers
+        if isinstance(answer, Classification) and answer.timing is not None
+    }
+    for request_id, timing in timings.items():
+        stages = ", ".join(f"{stage} {value:.2f} ms" for stage, value in timing.milliseconds.items())
+        print(f"call {request_id}: {stages}; left in a batch of {timing.num_shared}", file=sys.stderr)
 
 
 def _print(path: Path, answer: Classification | ClientError | str, *, as_json: bool) -> None:

@@ -24,8 +24,9 @@ _SERVICE_CONFIG = {
                 "initialBackoff": "0.1s",
                 "maxBackoff": "1s",
                 "backoffMultiplier": 2,
-                # A grpc.aio server that begins to stop ends calls it has not begun with CANCELLED.
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
+                # A grpc.aio server that begins to stop ends calls it has not begun with CANCELLED. A gateway that is
+                # overloaded says when to come again, and is heard.
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED", "RESOURCE_EXHAUSTED"],
             },
         }
     ],

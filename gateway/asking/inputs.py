@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.asking.failures import InvalidInputError
+from gateway.asking.failures import ImageError, InvalidInputError
 from protos.gateway.v1 import image_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -63,6 +63,51 @@ async def calls_of(images: Iterable[ImageInput], polarity: Polarity, framing: Fr
         num_bytes += size
     if messages:
         yield messages
+
+
+async def requests_of(
+    images: Iterable[ImageInput] | AsyncIterable[ImageInput],
+    options: pb.ClassifyRequest,
+    polarity: Polarity,
+    framing: Framing,
+) -> AsyncIterator[pb.ClassifyRequest | ImageError]:
+    """
+    Yield a request for each image, or why it cannot be sent.
+
+    Raises:
+        InvalidInputError: An option is unknown.
+    """
+    _chosen("polarity", polarity, _POLARITIES)
+    _chosen("framing", framing, _FRAMINGS)
+    index = 0
+    async for image in _each(images):
+        try:
+            request = pb.ClassifyRequest(image=await message_of(image, polarity, framing))
+            request.MergeFrom(options)
+            yield request
+        except OSError as error:
+            yield ImageError(f"images[{index}]: {error.filename}: {error.strerror}", index=index)
+        except InvalidInputError as error:
+            yield ImageError(f"images[{index}]: {error}", index=index)
+        index += 1
+
+
+async def _each(images: Iterable[ImageInput] | AsyncIterable[ImageInput]) -> AsyncIterator[ImageInput]:
+    if isinstance(images, AsyncIterable):
+        async for image in images:
+            yield image
+    elif isinstance(images, Sequence | np.ndarray):
+        for image in images:
+            yield image
+    else:
+        # A generator may take its time, and the event loop has other work.
+        iterator = iter(images)
+        while found := await asyncio.to_thread(_next, iterator):
+            yield found[0]
+
+
+def _next(iterator: Iterator[ImageInput]) -> tuple[ImageInput] | None:
+    return next(((image,) for image in iterator), None)
 
 
 async def message_of(image: ImageInput, polarity: Polarity, framing: Framing) -> pb.Image:

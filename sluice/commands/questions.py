@@ -24,6 +24,9 @@ def classify(
     server: GatewayAddress = None,
     model: ModelAsked = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a file.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tell where the time of each call went at the gateway.")
+    ] = False,
     access: Access,
 ) -> None:
     """Print class and probability for each file; exits 1 when one of them cannot be read."""
@@ -34,6 +37,7 @@ def classify(
         server=server or _gateway_address(),
         model=model,
         as_json=as_json,
+        verbose=verbose,
         tls=access.client_tls(is_own=server is None),
         api_key=access.api_key(),
     )
