@@ -10,7 +10,7 @@ Pure: no gRPC and no messages; one event loop.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
+from gateway.cache import RowCache
 from gateway.errors import GatewayError, UpstreamContractError, UpstreamFailedError, UpstreamTimeoutError
 from gateway.pace import Pace
 
@@ -174,6 +175,8 @@ class Lane:
         max_batches: Most requests in flight, at least 1.
         timeout_seconds: After which a request in flight is given up, and all that wait behind it.
         joins: Whether equal images that are under way at the same time are asked once.
+        cache: Looked into first, and told each answer.
+        answerer: What this lane's answers are kept under in there: whose they are.
         on_batch: Told of each batch that ended.
 
     Attributes:
@@ -192,6 +195,8 @@ class Lane:
         max_batches: int,
         timeout_seconds: float,
         joins: bool = True,
+        cache: RowCache | None = None,
+        answerer: Hashable = None,
         on_batch: Callable[[BatchRecord], None] = lambda record: None,
     ) -> None:
         self._infer = infer
@@ -201,6 +206,8 @@ class Lane:
         self._max_batches = max_batches
         self._timeout_seconds = timeout_seconds
         self._joins = joins
+        self._cache = cache if cache is not None and cache.max_rows else None
+        self._answerer = answerer
         self._on_batch = on_batch
         self._loop = asyncio.get_running_loop()
         self._pace = Pace()
@@ -254,6 +261,9 @@ class Lane:
         """
         ask = Ask(len(images), place, deadline, self._loop)
         for index, pixels in enumerate(images):
+            if self._cache is not None and (row := self._cache.get(self._answerer, pixels)) is not None:
+                ask.settle(index, row)
+                continue
             image = self._open.get(pixels)
             if image is None:
                 image = _Image(pixels, identity)
@@ -410,6 +420,8 @@ class Lane:
 
     def _close(self, image: _Image, answer: Rows | GatewayError) -> None:
         self._forget(image)
+        if self._cache is not None and not isinstance(answer, GatewayError):
+            self._cache.put(self._answerer, image.pixels, answer)
         image.settle(answer)
 
     def _forget(self, image: _Image) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 
+from gateway.cache import RowCache
 from gateway.coalesce import BatchRecord, Infer, Lane
 from gateway.errors import GatewayError
 from gateway.models import ServedVersion
@@ -10,6 +11,9 @@ from gateway.triton import EMBEDDING, Output
 
 Asking = Callable[[str, int, Output, int], Infer]
 """Model, version, output, and the length of its rows, to what sends images there."""
+
+
+_Key = tuple[str, int, str, str]
 
 
 class Lanes:
@@ -21,6 +25,7 @@ class Lanes:
         timeout_seconds: After which a batch is given up.
         batches_per_instance: Batches in flight for each instance of the model.
         joins: Whether equal images that are under way at the same time are asked once.
+        cache: Of answers, shared by all lanes.
         on_batch: Told of each batch that ended.
     """
 
@@ -31,14 +36,16 @@ class Lanes:
         timeout_seconds: float,
         batches_per_instance: int,
         joins: bool,
+        cache: RowCache,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
         self._asking = asking
         self._timeout_seconds = timeout_seconds
         self._batches_per_instance = batches_per_instance
         self._joins = joins
+        self._cache = cache
         self._on_batch = on_batch
-        self._lanes: dict[tuple[str, int, str], Lane] = {}
+        self._lanes: dict[_Key, Lane] = {}
         # Sums of what lanes that are gone have counted.
         self._num_joined = self._num_dropped = self._num_retried = 0
 
@@ -47,7 +54,7 @@ class Lanes:
 
     def of(self, version: ServedVersion, output: Output) -> Lane:
         """Return the lane to one output of a version."""
-        key = (version.name, version.version, output.name)
+        key = _key(version, output)
         lane = self._lanes.get(key)
         if lane is None:
             self._forget_idle()
@@ -56,8 +63,8 @@ class Lanes:
 
     def fail_waiting(self, model: str, error: GatewayError) -> None:
         """Answer all that wait for a model, and have not left yet, with an error."""
-        for (name, _, _), lane in self._lanes.items():
-            if name == model:
+        for key, lane in self._lanes.items():
+            if key[0] == model:
                 lane.fail_waiting(error)
 
     async def drained(self, timeout_seconds: float) -> None:
@@ -94,6 +101,8 @@ class Lanes:
             max_batches=self._batches_per_instance * version.num_instances,
             timeout_seconds=self._timeout_seconds,
             joins=self._joins,
+            cache=self._cache,
+            answerer=_key(version, output),
             on_batch=self._on_batch,
         )
 
@@ -105,3 +114,8 @@ class Lanes:
                 self._num_dropped += lane.num_dropped
                 self._num_retried += lane.num_retried
                 del self._lanes[key]
+
+
+def _key(version: ServedVersion, output: Output) -> _Key:
+    # With the weights' digest: what is published again under an old number is another model.
+    return version.name, version.version, version.card.digest, output.name

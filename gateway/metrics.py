@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from gateway.admission import REASONS, Admission
+from gateway.cache import RowCache
 from gateway.coalesce import BatchRecord
 from gateway.fleet import Fleet
 from gateway.lanes import Lanes
@@ -40,6 +41,7 @@ class GatewayMetrics(Collector):
         self._health = health
         self._lanes: Lanes | None = None
         self._fleet: Fleet | None = None
+        self._cache: RowCache | None = None
         self._num_upstream_errors = 0
         self._expected_seconds = self._busy_seconds = 0.0
         self.registry = Registry("gateway")
@@ -52,9 +54,9 @@ class GatewayMetrics(Collector):
         self._loop_lag = self._histogram("loop_lag_seconds", "How late the event loop came to a timer.", _SECONDS)
         self.registry.register(self)
 
-    def watch(self, lanes: Lanes, fleet: Fleet) -> None:
+    def watch(self, lanes: Lanes, fleet: Fleet, cache: RowCache) -> None:
         """Show these as well; made after the metrics, as they report to them."""
-        self._lanes, self._fleet = lanes, fleet
+        self._lanes, self._fleet, self._cache = lanes, fleet, cache
 
     def count_upstream_error(self) -> None:
         """Count an inference that failed."""
@@ -90,6 +92,8 @@ class GatewayMetrics(Collector):
             yield from _of_lanes(self._lanes)
         if self._fleet is not None:
             yield from _of_fleet(self._fleet)
+        if self._cache is not None:
+            yield from _of_cache(self._cache)
 
     def _of_admission(self) -> Iterable[Metric]:
         admission = self._admission
@@ -140,3 +144,10 @@ def _of_fleet(fleet: Fleet) -> Iterable[Metric]:
         ejections.add_metric([endpoint.address], endpoint.num_ejections)
     yield images
     yield ejections
+
+
+def _of_cache(cache: RowCache) -> Iterable[Metric]:
+    yield GaugeMetricFamily("gateway_cache_rows", "Answers that are kept.", len(cache))
+    yield GaugeMetricFamily("gateway_cache_rows_limit", "How many may be kept; 0 is no cache.", cache.max_rows)
+    yield CounterMetricFamily("gateway_cache_hits", "Images answered from the cache.", cache.num_hits)
+    yield CounterMetricFamily("gateway_cache_misses", "Images looked for in it in vain.", cache.num_misses)

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from gateway import passthrough
 from gateway.admission import Admission
+from gateway.cache import RowCache
 from gateway.fleet import Fleet
 from gateway.images import Limits
 from gateway.lanes import Lanes
@@ -113,15 +114,17 @@ class GatewayServer:
         fleet = Fleet(settings.triton_addresses(), control_timeout_seconds=settings.probe_timeout_seconds)
         left_seconds = min(settings.drain_seconds, _LEFT_CALLS_SECONDS)
         stack.push_async_callback(fleet.close, left_seconds)
+        cache = RowCache(settings.cache_rows)
         lanes = Lanes(
             fleet.asking,
             timeout_seconds=settings.upstream_timeout_seconds,
             batches_per_instance=settings.batches_per_instance,
             joins=settings.single_flight,
+            cache=cache,
             on_batch=self._metrics.observe_batch,
         )
         stack.push_async_callback(lanes.drained, left_seconds)
-        self._metrics.watch(lanes, fleet)
+        self._metrics.watch(lanes, fleet, cache)
         decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
         catalog = Catalog(fleet, repository=settings.model_repository, default_model=settings.default_model)

@@ -55,6 +55,8 @@ class GatewaySettings(Settings):
     """Most requests at Triton at once, for each instance of the model: one that runs, one that is next."""
     single_flight: bool = True
     """Whether equal images that are under way at the same time are asked of Triton once."""
+    cache_rows: int = Field(0, ge=0, le=100_000_000)
+    """Answers kept for images that come again, byte by byte the same, about 1.2 kB each; 0 keeps none."""
     decode_threads: int = Field(2, ge=1, le=256)
     """Threads that decode large images; small ones are decoded where they arrive."""
 

@@ -153,7 +153,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
                 f"inference request batch-size must be <= {self.max_batch_size} for '{request.model_name}'",
             )
         outputs: dict[str, Answer | None] = {"probabilities__0": self.answer, "embedding__1": self.embed}
-        asked = {output.name: answer for output in request.outputs if (answer := outputs[output.name])}
+        names = [output.name for output in request.outputs] or list(outputs)  # who names none gets all
+        asked = {name: answer for name in names if (answer := outputs[name])}
         rows = [answer(images) for answer in asked.values()]
         response = service_pb2.ModelInferResponse(
             model_name=request.model_name,

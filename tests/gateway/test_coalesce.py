@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from numpy.typing import NDArray
 
+from gateway.cache import RowCache
 from gateway.coalesce import Ask, BatchRecord, Lane, Rows
 from gateway.errors import GatewayError, UpstreamFailedError, UpstreamTimeoutError, UpstreamUnavailableError
 
@@ -65,13 +66,19 @@ class Line:
     """A lane, the model behind it, and the room before it."""
 
     def __init__(
-        self, *, max_batch_size: int = 4, max_batches: int = 2, timeout_seconds: float = 60.0, joins: bool = True
+        self,
+        *,
+        max_batch_size: int = 4,
+        max_batches: int = 2,
+        timeout_seconds: float = 60.0,
+        joins: bool = True,
+        cache: RowCache | None = None,
     ) -> None:
         self.model, self.room = Model(), Room()
         self.records = list[BatchRecord]()
         self.lane = Lane(
             self.model.infer, holds, "numbers", max_batch_size=max_batch_size, max_batches=max_batches,
-            timeout_seconds=timeout_seconds, joins=joins, on_batch=self.records.append,
+            timeout_seconds=timeout_seconds, joins=joins, cache=cache, on_batch=self.records.append,
         )  # fmt: skip
 
     def ask(self, *images: bytes, identity: str = "", deadline: float | None = None) -> Ask:
