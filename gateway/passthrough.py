@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.admission import Admission, Slot
 from gateway.errors import GatewayError, OverloadedError, UpstreamUnavailableError
+from rpc.retry import retry_metadata
 
 log = structlog.get_logger(__name__)
 
@@ -471,6 +472,7 @@ def _overloaded(words: str, retry_after_seconds: float = _RETRY_SECONDS) -> _Ref
 
 
 async def _abort(context: Context, error: _Refusal) -> NoReturn:
-    seconds = error.retry_after_seconds
-    metadata = () if seconds is None else (("grpc-retry-pushback-ms", str(round(seconds * 1000))),)
+    if error.retry_after_seconds is None:
+        await context.abort(error.code, str(error))
+    metadata = retry_metadata(error.code, str(error), error.retry_after_seconds)
     await context.abort(error.code, str(error), metadata)

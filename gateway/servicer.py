@@ -41,6 +41,7 @@ from protos.gateway.v1 import image_service_pb2_grpc
 from rpc import budget
 from rpc.access import identity
 from rpc.budget import REQUEST_ID_KEY
+from rpc.retry import retry_metadata
 
 Context = grpc.aio.ServicerContext[Any, Any]
 InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedRequest | pb.CompareRequest
@@ -391,10 +392,12 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
 
 async def _abort(context: Context, error: GatewayError) -> NoReturn:
-    metadata = [(REASON_KEY, type(error).__name__), (REQUEST_ID_KEY, budget.current().request_id)]
+    code, words = _status(error), str(error)
+    # What is given here replaces what the call would have told else.
+    metadata = ((REASON_KEY, type(error).__name__), (REQUEST_ID_KEY, budget.current().request_id))
     if isinstance(error, OverloadedError):
-        metadata.append(("grpc-retry-pushback-ms", str(round(error.retry_after_seconds * 1000))))
-    await context.abort(_status(error), str(error), tuple(metadata))
+        await context.abort(code, words, (*metadata, *retry_metadata(code, words, error.retry_after_seconds)))
+    await context.abort(code, words, metadata)
 
 
 def _status(error: GatewayError) -> grpc.StatusCode:

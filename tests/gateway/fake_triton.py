@@ -53,7 +53,14 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         arrived: Set whenever a ModelInfer arrives, also one of the gateway's probe.
     """
 
-    def __init__(self, models: dict[str, list[int]] | None = None, *, max_batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        models: dict[str, list[int]] | None = None,
+        *,
+        max_batch_size: int = 64,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         self.models = {"mnist": [1]} if models is None else models
         self.max_batch_size = max_batch_size
         self.dims = [1, 28, 28]
@@ -68,12 +75,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.num_cancelled = 0
         self.arrived = asyncio.Event()
         self._server: grpc.aio.Server | None = None
-        self._port = 0
+        self._host, self._port = host, port
 
     @property
     def address(self) -> str:
         """``host:port``; the same after a :meth:`stop` and :meth:`start`."""
-        return f"127.0.0.1:{self._port}"
+        return f"{self._host}:{self._port}"
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -89,7 +96,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         """Listen, at the same port as before if there was one."""
         server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, server)
-        self._port = server.add_insecure_port(f"127.0.0.1:{self._port}")
+        self._port = server.add_insecure_port(self.address)
         await server.start()
         self._server = server
 

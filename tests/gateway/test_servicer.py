@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -436,6 +438,15 @@ def pushback(error: grpc.aio.AioRpcError) -> str:
     return str(dict(error.trailing_metadata() or ())["grpc-retry-pushback-ms"])
 
 
+def retry_info(error: grpc.aio.AioRpcError) -> RetryInfo:
+    """Read google.rpc.RetryInfo as a client in any language does."""
+    status = Status.FromString(dict(error.trailing_metadata() or ())["grpc-status-details-bin"])
+    info = RetryInfo()
+    assert status.details[0].Unpack(info)
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    return info
+
+
 async def test_call_beyond_the_bound_is_refused_at_once_with_pushback(
     narrow_stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
 ) -> None:
@@ -448,6 +459,7 @@ async def test_call_beyond_the_bound_is_refused_at_once_with_pushback(
         await narrow_stub.Classify(request)
     assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert 10 <= int(pushback(refused.value)) <= 5000
+    assert retry_info(refused.value).retry_delay.ToMilliseconds() == int(pushback(refused.value))
 
     triton.gate.set()
     assert (await first).prediction.label == label_of(digit)
