@@ -11,8 +11,9 @@ Pure: no gRPC and no messages; one event loop.
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
@@ -45,6 +46,18 @@ class Place(Protocol):
         ...
 
 
+class Traces(Protocol):
+    """Who follows calls into their batches."""
+
+    def call(self) -> Any:
+        """Return what the calling task works for."""
+        ...
+
+    def batch(self, calls: Sequence[Any], num_images: int) -> AbstractContextManager[None]:
+        """Follow a batch that works for these for as long as the block lasts."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
     """What became of one batch."""
@@ -70,10 +83,12 @@ class Ask:
         queued_at: When it came, on the event loop's clock.
         sent_at: When its last image left for Triton; 0 before.
         num_shared: Images in the batch that its last image left with.
+        origin: What :class:`Traces` said it works for.
     """
 
     __slots__ = (
-        "_answers", "_num_missing", "_place", "deadline", "future", "images", "num_shared", "queued_at", "sent_at",
+        "_answers", "_num_missing", "_place", "deadline", "future", "images", "num_shared", "origin", "queued_at",
+        "sent_at",
     )  # fmt: skip
 
     def __init__(self, num_images: int, place: Place, deadline: float | None, loop: asyncio.AbstractEventLoop) -> None:
@@ -83,6 +98,7 @@ class Ask:
         self.deadline = deadline
         self.images: list[_Image] = []
         self.future: asyncio.Future[list[Rows | GatewayError]] = loop.create_future()
+        self.origin: Any = None
         self.queued_at = loop.time()
         self.sent_at = 0.0
         self.num_shared = 0
@@ -177,6 +193,7 @@ class Lane:
         joins: Whether equal images that are under way at the same time are asked once.
         cache: Looked into first, and told each answer.
         answerer: What this lane's answers are kept under in there: whose they are.
+        traces: Told of each batch before it leaves.
         on_batch: Told of each batch that ended.
 
     Attributes:
@@ -197,6 +214,7 @@ class Lane:
         joins: bool = True,
         cache: RowCache | None = None,
         answerer: Hashable = None,
+        traces: Traces | None = None,
         on_batch: Callable[[BatchRecord], None] = lambda record: None,
     ) -> None:
         self._infer = infer
@@ -208,6 +226,7 @@ class Lane:
         self._joins = joins
         self._cache = cache if cache is not None and cache.max_rows else None
         self._answerer = answerer
+        self._traces = traces
         self._on_batch = on_batch
         self._loop = asyncio.get_running_loop()
         self._pace = Pace()
@@ -260,6 +279,8 @@ class Lane:
             deadline: On the event loop's clock: what has not left by then does not leave.
         """
         ask = Ask(len(images), place, deadline, self._loop)
+        if self._traces is not None:
+            ask.origin = self._traces.call()
         for index, pixels in enumerate(images):
             if self._cache is not None and (row := self._cache.get(self._answerer, pixels)) is not None:
                 ask.settle(index, row)
@@ -390,7 +411,8 @@ class Lane:
         """Return a row for each image of one request to Triton, or why there is none; never raises."""
         overdue = self._loop.call_later(self._timeout_seconds, self._give_up, batch)
         try:
-            rows = await self._infer(b"".join([image.pixels for image in batch]), len(batch))
+            with self._followed(batch):
+                rows = await self._infer(b"".join([image.pixels for image in batch]), len(batch))
             good = self._holds(rows)
             if good.all():
                 return list(rows)
@@ -404,6 +426,11 @@ class Lane:
             return [UpstreamFailedError("the gateway failed to ask the model")] * len(batch)
         finally:
             overdue.cancel()
+
+    def _followed(self, batch: list[_Image]) -> AbstractContextManager[None]:
+        if self._traces is None:
+            return nullcontext()
+        return self._traces.batch([ask.origin for image in batch for ask, _ in image.asks], len(batch))
 
     def _give_up(self, batch: list[_Image]) -> None:
         error = UpstreamTimeoutError(f"no answer from the model within {self._timeout_seconds:.3g} s")

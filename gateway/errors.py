@@ -36,6 +36,10 @@ class UnknownVersionError(UnknownModelError):
     """The model is there; the version asked for is not, or no longer."""
 
 
+class RouteError(GatewayError):
+    """What is said of which version answers makes no sense."""
+
+
 class OverloadedError(GatewayError):
     """
     Refused at once because too much is in flight; nothing was begun.

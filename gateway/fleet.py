@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from gateway.errors import (
     UpstreamUnavailableError,
 )
 from gateway.models import LoadedVersion
-from gateway.triton import Output, Triton
+from gateway.triton import Metadata, Output, Triton
 
 log = structlog.get_logger(__name__)
 
@@ -92,11 +92,19 @@ class Fleet:
     Args:
         addresses: ``host:port`` of each, at least one.
         control_timeout_seconds: Deadline of every RPC to them but inferences.
+        outgoing: Gives the metadata to send with each inference.
     """
 
-    def __init__(self, addresses: Sequence[str], *, control_timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        control_timeout_seconds: float,
+        outgoing: Callable[[], Metadata] | None = None,
+    ) -> None:
         self.endpoints = [
-            Endpoint(Triton(address, control_timeout_seconds=control_timeout_seconds)) for address in addresses
+            Endpoint(Triton(address, control_timeout_seconds=control_timeout_seconds, outgoing=outgoing))
+            for address in addresses
         ]
 
     async def ready_versions(self) -> Sequence[LoadedVersion]:

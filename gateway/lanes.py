@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 
 from gateway.cache import RowCache
-from gateway.coalesce import BatchRecord, Infer, Lane
+from gateway.coalesce import BatchRecord, Infer, Lane, Traces
 from gateway.errors import GatewayError
 from gateway.models import ServedVersion
 from gateway.triton import EMBEDDING, Output
@@ -26,6 +26,7 @@ class Lanes:
         batches_per_instance: Batches in flight for each instance of the model.
         joins: Whether equal images that are under way at the same time are asked once.
         cache: Of answers, shared by all lanes.
+        traces: Told of each batch before it leaves.
         on_batch: Told of each batch that ended.
     """
 
@@ -37,6 +38,7 @@ class Lanes:
         batches_per_instance: int,
         joins: bool,
         cache: RowCache,
+        traces: Traces | None,
         on_batch: Callable[[BatchRecord], None],
     ) -> None:
         self._asking = asking
@@ -44,6 +46,7 @@ class Lanes:
         self._batches_per_instance = batches_per_instance
         self._joins = joins
         self._cache = cache
+        self._traces = traces
         self._on_batch = on_batch
         self._lanes: dict[_Key, Lane] = {}
         # Sums of what lanes that are gone have counted.
@@ -103,6 +106,7 @@ class Lanes:
             joins=self._joins,
             cache=self._cache,
             answerer=_key(version, output),
+            traces=self._traces,
             on_batch=self._on_batch,
         )
 

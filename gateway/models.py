@@ -1,7 +1,8 @@
 """Which models and versions can be asked for now, and what their cards say about them."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gateway.errors import GatewayError, UnknownModelError, UnknownVersionError, UpstreamUnavailableError
+from gateway.routing import Routes, Split, split
 
 log = structlog.get_logger(__name__)
 
@@ -109,11 +111,25 @@ class ServedModel:
     versions: tuple[ServedVersion, ...]
     """Highest first; never empty."""
     is_default: bool
+    split: Split
+    """How those who name no version are divided among them."""
 
     @property
     def default(self) -> ServedVersion:
-        """What a request without a version gets: the highest."""
-        return self.versions[0]
+        """What a request without a version gets, canaries aside."""
+        return self._numbered(self.split.default)
+
+    @property
+    def routed(self) -> tuple[ServedVersion, ...]:
+        """What requests without a version may get, the default first."""
+        return tuple(self._numbered(version) for version in self.split.versions)
+
+    def chosen(self, draw: float) -> ServedVersion:
+        """Return what a request without a version gets, for a number that is equally likely anywhere in 0..1."""
+        return self._numbered(self.split.choose(draw))
+
+    def _numbered(self, version: int) -> ServedVersion:
+        return next(one for one in self.versions if one.version == version)
 
 
 class Catalog:
@@ -122,16 +138,22 @@ class Catalog:
 
     Args:
         source: Asked at every refresh.
-        repository: Holds ``<model>/<version>/card.json``; only read.
+        repository: Holds ``<model>/<version>/card.json`` and the routes; only read.
         default_model: What a request without a name gets.
+        draw: Returns numbers equally likely anywhere in 0..1, by which canaries get their share.
     """
 
-    def __init__(self, source: Source, *, repository: Path, default_model: str) -> None:
+    def __init__(
+        self, source: Source, *, repository: Path, default_model: str, draw: Callable[[], float] = random.random
+    ) -> None:
         self._source = source
         self._repository = repository
         self._default_model = default_model
+        self._draw = draw
+        self._routes = Routes(repository)
         self._models: dict[str, ServedModel] = {}
-        self._complaints: set[str] = set()
+        self._proven: Collection[tuple[str, int]] = ()
+        self._complaints: set[tuple[str, str]] = set()
         self._refreshing: asyncio.Task[None] | None = None
 
     @property
@@ -157,7 +179,7 @@ class Catalog:
 
         Args:
             name: Empty for the default model.
-            version: 0 for the default version.
+            version: 0 for the one that the model's route says.
 
         Raises:
             UnknownModelError: No such model is loaded.
@@ -176,7 +198,7 @@ class Catalog:
         if model is None:
             raise self._unknown_model(name)
         if version == 0:
-            return model.default
+            return self._routed(model)
         for served in model.versions:
             if served.version == version:
                 return served
@@ -186,6 +208,16 @@ class Catalog:
     def listing(self) -> list[ServedModel]:
         """Return what can be asked for, by name."""
         return [self._models[name] for name in sorted(self._models)]
+
+    def prove(self, versions: Collection[tuple[str, int]]) -> None:
+        """Take in by which models and versions the latest inference worked: no other canary gets anybody."""
+        self._proven = versions
+
+    def _routed(self, model: ServedModel) -> ServedVersion:
+        if not model.split.bounds:
+            return model.default
+        chosen = model.chosen(self._draw())
+        return chosen if (chosen.name, chosen.version) in self._proven else model.default
 
     def _unknown_model(self, name: str) -> GatewayError:
         if not name and not self._models:
@@ -199,31 +231,46 @@ class Catalog:
 
     async def _refresh(self) -> None:
         loaded = await self._source.ready_versions()
-        cards = await asyncio.to_thread(
-            lambda: [_read_card(self._repository, version.name, version.version) for version in loaded]
-        )
-        complaints: set[str] = set()
+        cards = await asyncio.to_thread(self._read, loaded)
+        complaints: set[tuple[str, str]] = set()
         versions: dict[str, list[ServedVersion]] = {}
         for one, card in zip(loaded, cards, strict=True):
             if card is None:
                 card = self._card_before(one.name, one.version)
             if isinstance(card, str):
-                complaints.add(card)
+                complaints.add(("card ignored", card))
                 card = Card()
             if card.class_names and len(card.class_names) != one.num_classes:
                 complaints.add(
-                    f"card of {one.name} version {one.version}: {len(card.class_names)} class names for "
-                    f"{one.num_classes} classes"
+                    (
+                        "card ignored",
+                        f"card of {one.name} version {one.version}: {len(card.class_names)} class names for "
+                        f"{one.num_classes} classes",
+                    )
                 )
             versions.setdefault(one.name, []).append(_served(one, card))
+        models = {name: self._model(name, ones) for name, ones in versions.items()}
+        for name, model in models.items():
+            problems = self._routes.problem(name), model.split.problem and f"{name}: {model.split.problem}"
+            complaints.update(("route not followed", problem) for problem in problems if problem)
         # Once, and not at every refresh.
-        for complaint in complaints - self._complaints:
-            log.warning("card ignored", reason=complaint)
+        for event, reason in complaints - self._complaints:
+            log.warning(event, reason=reason)
         self._complaints = complaints
-        self._models = {
-            name: ServedModel(name, tuple(sorted(ones, key=lambda one: -one.version)), name == self._default_model)
-            for name, ones in versions.items()
-        }
+        self._models = models
+
+    def _read(self, loaded: Sequence[LoadedVersion]) -> list[Card | str | None]:
+        self._routes.look({version.name for version in loaded})
+        return [_read_card(self._repository, version.name, version.version) for version in loaded]
+
+    def _model(self, name: str, versions: Sequence[ServedVersion]) -> ServedModel:
+        route = self._routes.of(name)
+        return ServedModel(
+            name,
+            tuple(sorted(versions, key=lambda one: -one.version)),
+            name == self._default_model,
+            split(route, [one.version for one in versions]),
+        )
 
     def _card_before(self, name: str, version: int) -> Card:
         """Return what was known of a version without a card: one that is withdrawn answers as before to its end."""

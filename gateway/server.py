@@ -37,6 +37,7 @@ from rpc.lifecycle import bind, run_until_signalled
 from rpc.settings import SettingsError
 from rpc.telemetry import Endpoint
 from rpc.tls import server_credentials
+from rpc.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -111,7 +112,12 @@ class GatewayServer:
 
         # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel; the
         # metrics go last, so that a drain can be watched.
-        fleet = Fleet(settings.triton_addresses(), control_timeout_seconds=settings.probe_timeout_seconds)
+        tracer = self._tracer
+        fleet = Fleet(
+            settings.triton_addresses(),
+            control_timeout_seconds=settings.probe_timeout_seconds,
+            outgoing=tracer.outgoing if tracer is not None else None,
+        )
         left_seconds = min(settings.drain_seconds, _LEFT_CALLS_SECONDS)
         stack.push_async_callback(fleet.close, left_seconds)
         cache = RowCache(settings.cache_rows)
@@ -121,6 +127,7 @@ class GatewayServer:
             batches_per_instance=settings.batches_per_instance,
             joins=settings.single_flight,
             cache=cache,
+            traces=tracer,
             on_batch=self._metrics.observe_batch,
         )
         stack.push_async_callback(lanes.drained, left_seconds)
@@ -181,7 +188,10 @@ class GatewayServer:
         endpoint = Endpoint(self._metrics.registry, settings.host, settings.metrics_port, option=_METRICS_PORT_OPTION)
         stack.callback(endpoint.close)
         self.metrics_url = endpoint.url
-        self.guard = Guard(self._metrics.methods, access=access)
+        self._tracer = Tracer(settings.otlp_endpoint, "sluice-gateway") if settings.otlp_endpoint else None
+        if self._tracer is not None:
+            stack.push_async_callback(self._tracer.close)
+        self.guard = Guard(self._metrics.methods, access=access, tracer=self._tracer)
         server = grpc.aio.server(
             interceptors=(self.guard,),
             options=_options(settings),

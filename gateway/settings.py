@@ -96,6 +96,9 @@ class GatewaySettings(Settings):
     connection_grace_seconds: float = Field(30.0, gt=0, le=86400)
     """How long calls on a connection of that age may still take, in seconds."""
 
+    # Insight
+    otlp_endpoint: str | None = None
+    """``host:port`` of an OpenTelemetry collector (OTLP over gRPC) that gets a trace of each call; none by default."""
     log_level: Level = "info"
     """The least that is logged: debug, info, warning or error."""
 

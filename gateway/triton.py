@@ -31,6 +31,7 @@ from gateway.errors import (
 log = structlog.get_logger(__name__)
 
 Rows = NDArray[np.float32]
+Metadata = tuple[tuple[str, str], ...]
 
 # Names follow libtorch's rule: inputs by forward's argument, outputs by __index.
 _INPUT, _INPUT_DIMS = "image", [1, 28, 28]
@@ -103,13 +104,17 @@ class Triton:
     Args:
         address: ``host:port`` of its gRPC endpoint.
         control_timeout_seconds: Deadline of every RPC but ModelInfer.
+        outgoing: Gives the metadata to send with each ModelInfer, as ``traceparent``.
 
     Attributes:
         address: The same.
     """
 
-    def __init__(self, address: str, *, control_timeout_seconds: float) -> None:
+    def __init__(
+        self, address: str, *, control_timeout_seconds: float, outgoing: Callable[[], Metadata] | None = None
+    ) -> None:
         self.address = address
+        self._outgoing = outgoing
         self._control_timeout_seconds = control_timeout_seconds
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -157,7 +162,7 @@ class Triton:
             GatewayError: There is none.
         """
         try:
-            return await self._model_infer(request)
+            return await self._model_infer(request, metadata=self._outgoing() if self._outgoing else None)
         except grpc.aio.AioRpcError as error:
             raise self._translate(error, name, version) from error
 

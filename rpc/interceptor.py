@@ -18,6 +18,7 @@ from rpc import budget
 from rpc.access import Access, Refusal, key_name
 from rpc.budget import REQUEST_ID_KEY, Budget
 from rpc.telemetry import MethodMetrics
+from rpc.tracing import Tracer
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,7 @@ class Guard(grpc.aio.ServerInterceptor):
     Args:
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
         access: Who may call what; None lets in everybody.
+        tracer: Traces each call, health checks aside; None traces nothing.
         idle_seconds: How long a message may wait to be taken; None is without end.
         request_seconds: How long a request may take to come; None is without end.
     """
@@ -66,11 +68,13 @@ class Guard(grpc.aio.ServerInterceptor):
         metrics: Mapping[str, MethodMetrics] | None = None,
         *,
         access: Access | None = None,
+        tracer: Tracer | None = None,
         idle_seconds: float | None = None,
         request_seconds: float | None = None,
     ) -> None:
         self._metrics = metrics or {}
         self._access = access
+        self._tracer = tracer
         self._idle_seconds = idle_seconds
         self._unasked = _Unasked(request_seconds) if request_seconds is not None else None
         self._running = _Running()
@@ -91,7 +95,13 @@ class Guard(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None
             guarded = self._guarded[method] = _guard(
-                method, handler, self._metrics.get(method), self._idle_seconds, self._unasked, self._running
+                method,
+                handler,
+                self._metrics.get(method),
+                self._idle_seconds,
+                self._unasked,
+                self._running,
+                self._tracer,
             )
         if self._access is not None:
             refusal = self._access.check(method, handler_call_details.invocation_metadata)
@@ -129,6 +139,7 @@ def _guard(
     idle_seconds: float | None,
     unasked: _Unasked | None,
     running: _Running,
+    tracer: Tracer | None,
 ) -> Handler:
     parse = handler.request_deserializer or bytes
     open_request: Any
@@ -141,7 +152,7 @@ def _guard(
         respond = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def unary(data: Any, context: Context) -> Any:
-        call = _Call(method, context, metrics)
+        call = _Call(method, context, metrics, tracer)
         try:
             request = open_request(parse, data, call)
             response = await respond(request if handler.request_streaming else await request, context)
@@ -165,7 +176,7 @@ def _guard(
             call.end()
 
     async def stream(data: Any, context: Context) -> None:
-        call, responses, patience = _Call(method, context, metrics), None, _Patience(idle_seconds)
+        call, responses, patience = _Call(method, context, metrics, tracer), None, _Patience(idle_seconds)
         try:
             request = open_request(parse, data, call)
             responses = respond(request if handler.request_streaming else await request, context)
@@ -322,7 +333,9 @@ class _Unasked:
 class _Call:
     """One call on its way: what log and metrics say of it."""
 
-    def __init__(self, method: str, context: Context, metrics: MethodMetrics | None) -> None:
+    def __init__(
+        self, method: str, context: Context, metrics: MethodMetrics | None, tracer: Tracer | None = None
+    ) -> None:
         self.is_cut = False
         self.is_quiet = method.startswith(_QUIET)
         self._method = method
@@ -338,6 +351,8 @@ class _Call:
         if not self.is_quiet:
             self._budget = budget.begin(context.invocation_metadata())
             context.set_trailing_metadata(((REQUEST_ID_KEY, self._budget.request_id),))
+        self._tracer = None if self.is_quiet else tracer
+        self._span = self._tracer.begin(method, context.invocation_metadata()) if self._tracer else None
         if metrics is not None:
             metrics.begin()
 
@@ -376,6 +391,8 @@ class _Call:
         seconds, code = time.perf_counter() - self._started, code or self._code()
         if self._metrics is not None:
             self._metrics.end(code, seconds)
+        if self._tracer is not None and self._span is not None:
+            self._tracer.end(self._span, code, self._budget.fields() if self._budget else {})
         if not self.is_quiet and log.is_enabled_for(logging.INFO):
             spent = {"request_id": self._budget.request_id, **self._budget.fields()} if self._budget else {}
             fields = {"code": code, "seconds": round(seconds, 6), "peer": self._peer, **self._caller, **spent}
