@@ -1,6 +1,6 @@
 # Sluice: `make` explains the targets. Every one but help, dist and clean prepares .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-compose test-full check format bench bench-streamer protos lock dist clean
+.PHONY: help setup demo up test test-compose test-full faults check format bench bench-streamer bench-gateway protos lock dist clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -44,6 +44,9 @@ test-compose: setup ## Build the images and run the line in containers, where th
 test-full: setup ## All tests, the slow ones too
 	$(BIN)/pytest
 
+faults: setup ## Inject faults into a gateway and write docs/faults.md (a few minutes)
+	@$(BIN)/python -m tests.faults.report
+
 check: setup ## Lint, format, types, import directions, generated code
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -61,6 +64,9 @@ bench: setup ## Measure streamer and gateway; writes benchmarks/results/
 bench-streamer: setup ## Measure the streamer against what one would use instead; writes benchmarks/results/streamer.md
 	@$(MAKE) --no-print-directory $(BENCH_READY) || echo "going on without mosaicml-streaming" >&2
 	$(BIN)/python -m benchmarks.streamer
+
+bench-gateway: setup ## Measure the gateway against Triton asked directly; writes benchmarks/results/gateway.md
+	$(BIN)/python -m benchmarks.gateway
 
 $(BENCH_READY): requirements/bench.txt $(READY)
 	@rm -rf $(BENCH_VENV)

@@ -84,15 +84,16 @@ class Window:
         )
 
     def _cpu_seconds(self) -> tuple[float, ...]:
-        return cpu_seconds([os.getpid()]), cpu_seconds(self.servers), _machine_cpu_seconds()
+        return cpu_seconds([os.getpid()]), cpu_seconds(self.servers), machine_cpu_seconds()
 
 
 def cpu_seconds(processes: Sequence[int]) -> float:
     """Return the CPU time of these processes and of all that they started."""
-    return sum(_own_cpu_seconds(each) for each in _family(processes))
+    return sum(_own_cpu_seconds(each) for each in family(processes))
 
 
-def _family(processes: Sequence[int]) -> list[int]:
+def family(processes: Sequence[int]) -> list[int]:
+    """Return these processes and all that they started, as far as it runs."""
     found = list(processes)
     for each in found:  # grows as it goes
         for listed in Path(f"/proc/{each}/task").glob("*/children"):
@@ -106,7 +107,8 @@ def _own_cpu_seconds(process: int) -> float:
     return sum(map(int, fields[11:15])) / _TICKS if fields else 0.0
 
 
-def _machine_cpu_seconds() -> float:
+def machine_cpu_seconds() -> float:
+    """Return the CPU time of everything that runs here, and of other virtual machines in this one's place."""
     fields = _text(Path("/proc/stat")).partition("\n")[0].split()
     # user, nice, system; idle, iowait, irq and softirq are nobody's; steal.
     return sum(map(int, [*fields[1:4], *fields[8:9]])) / _TICKS if fields else 0.0

@@ -184,12 +184,13 @@ class Lane:
     All that goes to one output of one version of a model.
 
     Args:
-        infer: One request to Triton. Never cancelled by this class.
+        infer: One request to Triton. Cancelled where nobody waits for it any more and ``may_cancel`` says yes.
         holds: Which rows of its answer are answers.
         promise: What ``holds`` tells, in words.
         max_batch_size: Most images in one request, at least 1.
         max_batches: Most requests in flight, at least 1.
         timeout_seconds: After which a request in flight is given up, and all that wait behind it.
+        may_cancel: Whether Triton bears that.
         joins: Whether equal images that are under way at the same time are asked once.
         cache: Looked into first, and told each answer.
         answerer: What this lane's answers are kept under in there: whose they are.
@@ -211,6 +212,7 @@ class Lane:
         max_batch_size: int,
         max_batches: int,
         timeout_seconds: float,
+        may_cancel: Callable[[], bool] = lambda: False,
         joins: bool = True,
         cache: RowCache | None = None,
         answerer: Hashable = None,
@@ -223,6 +225,7 @@ class Lane:
         self._max_batch_size = max_batch_size
         self._max_batches = max_batches
         self._timeout_seconds = timeout_seconds
+        self._may_cancel = may_cancel
         self._joins = joins
         self._cache = cache if cache is not None and cache.max_rows else None
         self._answerer = answerer
@@ -232,7 +235,7 @@ class Lane:
         self._pace = Pace()
         self._waiting = _FairQueue()
         self._open: dict[bytes, _Image] = {}
-        self._batches: set[asyncio.Task[None]] = set()
+        self._batches: dict[asyncio.Task[None], list[_Image]] = {}
         self._num_sent = 0
         self._free_at = 0.0
         self._pumps = False
@@ -310,6 +313,7 @@ class Lane:
             if image.asks and not image.is_sent and not image.is_wanted(now):
                 self._waiting.remove(image)
                 self._drop(image)
+        self._abandon_unwanted()
 
     def fail_waiting(self, error: GatewayError) -> None:
         """Answer all that have not left yet with an error."""
@@ -357,8 +361,26 @@ class Lane:
                 ask.num_shared = len(batch)
         self._num_sent += len(batch)
         task = self._loop.create_task(self._run(batch, now))
-        self._batches.add(task)
-        task.add_done_callback(self._batches.discard)
+        self._batches[task] = batch
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._batches.pop(task, None)
+
+    def _abandon_unwanted(self) -> None:
+        """Cancel requests whose callers have all gone, where Triton bears that; their places are free."""
+        if not self._may_cancel():
+            return
+        now = self._loop.time()
+        for task, batch in list(self._batches.items()):
+            if any(image.is_wanted(now) for image in batch):
+                continue
+            task.cancel()
+            del self._batches[task]
+            self._num_sent -= len(batch)
+            for image in batch:
+                self._close(image, UpstreamTimeoutError("nobody waits for it any more"))
+        self._pump()
 
     async def _run(self, batch: list[_Image], sent_at: float) -> None:
         expected = self._pace.seconds(len(batch))
@@ -389,7 +411,7 @@ class Lane:
         self._num_sent -= num_images
         task = asyncio.current_task()
         assert task is not None
-        self._batches.discard(task)
+        self._batches.pop(task, None)
         self._pump()
 
     async def _retry(self, images: list[_Image]) -> None:
@@ -435,11 +457,12 @@ class Lane:
     def _give_up(self, batch: list[_Image]) -> None:
         error = UpstreamTimeoutError(f"no answer from the model within {self._timeout_seconds:.3g} s")
         for image in batch:
-            # The request is not cancelled; but nobody shall join it any more.
+            # The request may go on; but nobody shall join it any more.
             self._forget(image)
             for ask, _ in image.asks:
                 ask.give_up(error)
         self.fail_waiting(error)
+        self._abandon_unwanted()
 
     def _drop(self, image: _Image) -> None:
         self.num_dropped += 1

@@ -33,7 +33,7 @@ class Endpoint:
         triton: The way to it.
         versions: What it has ready, by model and version; as of the last look.
         num_images: Images it is working on.
-        num_ejections: How often it was left out for a model, as others did better.
+        num_ejections: How often it was left out for a version, as others did better.
     """
 
     def __init__(self, triton: Triton) -> None:
@@ -41,35 +41,36 @@ class Endpoint:
         self.versions: dict[tuple[str, int], LoadedVersion] = {}
         self.num_images = 0
         self.num_ejections = 0
-        self._num_failed: Counter[str] = Counter()
-        self._ejected: set[str] = set()
+        self._num_failed: Counter[tuple[str, int]] = Counter()
+        self._ejected: set[tuple[str, int]] = set()
 
     @property
     def address(self) -> str:
         """``host:port``."""
         return self.triton.address
 
-    def is_ejected(self, model: str) -> bool:
-        """Tell whether it gets nothing for a model while others can do its work."""
-        return model in self._ejected
+    def is_ejected(self, model: str, version: int) -> bool:
+        """Tell whether it gets nothing for a version, 0 for any of the model, while others can do its work."""
+        return (model, version) in self._ejected or (not version and any(name == model for name, _ in self._ejected))
 
-    def worked(self, model: str) -> None:
+    def worked(self, model: str, version: int) -> None:
         """Note that the probe had its answer: it is taken back."""
-        self._num_failed[model] = 0
-        if model in self._ejected:
-            self._ejected.remove(model)
-            log.info("triton readmitted", address=self.address, model=model)
+        self._num_failed.pop((model, version), None)
+        if self.is_ejected(model, version):
+            self._ejected.remove((model, version))
+            log.info("triton readmitted", address=self.address, model=model, version=version)
 
-    def failed(self, model: str, error: GatewayError, *, times: int = 1) -> None:
-        """Note that a model did not answer."""
-        self._num_failed[model] += times
-        if self._num_failed[model] >= EJECTED_AFTER and model not in self._ejected:
-            self._ejected.add(model)
+    def failed(self, model: str, version: int, error: GatewayError, *, times: int = 1) -> None:
+        """Note that a version did not answer."""
+        key = model, version
+        self._num_failed[key] += times
+        if self._num_failed[key] >= EJECTED_AFTER and key not in self._ejected:
+            self._ejected.add(key)
             self.num_ejections += 1
-            log.warning("triton ejected", address=self.address, model=model, reason=str(error))
+            log.warning("triton ejected", address=self.address, model=model, version=version, reason=str(error))
 
     @contextmanager
-    def working_on(self, model: str, num_images: int) -> Iterator[None]:
+    def working_on(self, model: str, version: int, num_images: int) -> Iterator[None]:
         """Count images for as long as the block lasts, and take in how it ended."""
         self.num_images += num_images
         try:
@@ -77,10 +78,10 @@ class Endpoint:
         except UnknownVersionError:
             raise
         except GatewayError as error:
-            self.failed(model, error)
+            self.failed(model, version, error)
             raise
         else:
-            self._num_failed[model] = 0
+            self._num_failed.pop((model, version), None)
         finally:
             self.num_images -= num_images
 
@@ -106,6 +107,11 @@ class Fleet:
             Endpoint(Triton(address, control_timeout_seconds=control_timeout_seconds, outgoing=outgoing))
             for address in addresses
         ]
+
+    @property
+    def may_cancel(self) -> bool:
+        """Whether all of them bear an inference that is cancelled."""
+        return all(endpoint.triton.may_cancel for endpoint in self.endpoints)
 
     async def ready_versions(self) -> Sequence[LoadedVersion]:
         """
@@ -133,7 +139,7 @@ class Fleet:
             while True:
                 endpoint = self._chosen(name, version, tried)
                 try:
-                    with endpoint.working_on(name, num_images):
+                    with endpoint.working_on(name, version, num_images):
                         return await senders[endpoint](pixels, num_images)
                 except UpstreamUnavailableError:
                     tried.append(endpoint)
@@ -150,7 +156,7 @@ class Fleet:
         Returns:
             Task of the answer. It raises ``grpc.aio.AioRpcError``, in Triton's words.
         """
-        endpoint = self._with_model(request.model_name)
+        endpoint = self._with_model(request.model_name, request.model_version)
         endpoint.num_images += 1
         call = endpoint.triton.begin(method, request)
 
@@ -168,23 +174,34 @@ class Fleet:
             grpc.aio.AioRpcError: There is none; in Triton's words.
         """
         name = getattr(request, "name", "")
-        return await self._with_model(name).triton.control(method, request)
+        return await self._with_model(name, getattr(request, "version", "")).triton.control(method, request)
 
     async def close(self, timeout_seconds: float) -> None:
         """Let what is running there end, which callers may have left long ago, then close the channels."""
         await asyncio.gather(*(endpoint.triton.close(timeout_seconds) for endpoint in self.endpoints))
 
-    def _with_model(self, name: str) -> Endpoint:
-        """Return who has any version of a model and the least to do; of a model that nobody has, anybody."""
-        able = [one for one in self.endpoints if any(model == name for model, _ in one.versions)] or self.endpoints
-        return min(able, key=lambda endpoint: (endpoint.is_ejected(name), endpoint.num_images))
+    def _with_model(self, name: str, version: str) -> Endpoint:
+        """
+        Return who has a version of a model and the least to do; where nobody has it, any of the model, or anybody.
+
+        Args:
+            name: The model.
+            version: As a caller wrote it; empty for any.
+        """
+        number = int(version) if version.isdecimal() else 0
+        able = (
+            self.with_version(name, number)
+            or [one for one in self.endpoints if any(model == name for model, _ in one.versions)]
+            or self.endpoints
+        )
+        return min(able, key=lambda endpoint: (endpoint.is_ejected(name, number), endpoint.num_images))
 
     def _chosen(self, name: str, version: int, tried: Sequence[Endpoint]) -> Endpoint:
         able = self._others(name, version, tried)
         if not able:
             raise UnknownVersionError(f"model_version: {name} has no version {version} ready")
         # Where all are ejected, all are tried: nobody may be shut out by us alone.
-        working = [endpoint for endpoint in able if not endpoint.is_ejected(name)]
+        working = [endpoint for endpoint in able if not endpoint.is_ejected(name, version)]
         return min(working or able, key=lambda endpoint: endpoint.num_images)
 
     def _others(self, name: str, version: int, tried: Sequence[Endpoint]) -> list[Endpoint]:

@@ -23,6 +23,7 @@ class Lanes:
     Args:
         asking: Where their batches go.
         timeout_seconds: After which a batch is given up.
+        may_cancel: Whether one may be cancelled for which nobody waits any more.
         batches_per_instance: Batches in flight for each instance of the model.
         joins: Whether equal images that are under way at the same time are asked once.
         cache: Of answers, shared by all lanes.
@@ -35,6 +36,7 @@ class Lanes:
         asking: Asking,
         *,
         timeout_seconds: float,
+        may_cancel: Callable[[], bool],
         batches_per_instance: int,
         joins: bool,
         cache: RowCache,
@@ -43,6 +45,7 @@ class Lanes:
     ) -> None:
         self._asking = asking
         self._timeout_seconds = timeout_seconds
+        self._may_cancel = may_cancel
         self._batches_per_instance = batches_per_instance
         self._joins = joins
         self._cache = cache
@@ -64,10 +67,10 @@ class Lanes:
             lane = self._lanes[key] = self._open(version, output)
         return lane
 
-    def fail_waiting(self, model: str, error: GatewayError) -> None:
-        """Answer all that wait for a model, and have not left yet, with an error."""
+    def fail_waiting(self, model: str, version: int, error: GatewayError) -> None:
+        """Answer all that wait for a version, and have not left yet, with an error."""
         for key, lane in self._lanes.items():
-            if key[0] == model:
+            if key[:2] == (model, version):
                 lane.fail_waiting(error)
 
     async def drained(self, timeout_seconds: float) -> None:
@@ -103,6 +106,7 @@ class Lanes:
             max_batch_size=version.max_batch_size,
             max_batches=self._batches_per_instance * version.num_instances,
             timeout_seconds=self._timeout_seconds,
+            may_cancel=self._may_cancel,
             joins=self._joins,
             cache=self._cache,
             answerer=_key(version, output),

@@ -1,5 +1,6 @@
 """What one gateway tells of itself in numbers."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from google.protobuf.descriptor import ServiceDescriptor
@@ -12,6 +13,7 @@ from gateway.cache import RowCache
 from gateway.coalesce import BatchRecord
 from gateway.fleet import Fleet
 from gateway.lanes import Lanes
+from gateway.models import Catalog
 from rpc.health import Health
 from rpc.telemetry import MethodMetrics, Registry, method_metrics
 
@@ -31,10 +33,12 @@ class GatewayMetrics(Collector):
     Attributes:
         registry: What the endpoint shows.
         methods: For the interceptor.
+        worker_restarts: Workers that died and were started again.
     """
 
     registry: Registry
     methods: Mapping[str, MethodMetrics]
+    worker_restarts: int
 
     def __init__(self, descriptors: Iterable[ServiceDescriptor], *, admission: Admission, health: Health) -> None:
         self._admission = admission
@@ -42,6 +46,10 @@ class GatewayMetrics(Collector):
         self._lanes: Lanes | None = None
         self._fleet: Fleet | None = None
         self._cache: RowCache | None = None
+        self._catalog: Catalog | None = None
+        # Of every version that ever answered, so that one that comes back counts on.
+        self._num_answers: Counter[tuple[str, int]] = Counter()
+        self.worker_restarts = 0
         self._num_upstream_errors = 0
         self._expected_seconds = self._busy_seconds = 0.0
         self.registry = Registry("gateway")
@@ -54,9 +62,13 @@ class GatewayMetrics(Collector):
         self._loop_lag = self._histogram("loop_lag_seconds", "How late the event loop came to a timer.", _SECONDS)
         self.registry.register(self)
 
-    def watch(self, lanes: Lanes, fleet: Fleet, cache: RowCache) -> None:
+    def watch(self, lanes: Lanes, fleet: Fleet, cache: RowCache, catalog: Catalog) -> None:
         """Show these as well; made after the metrics, as they report to them."""
-        self._lanes, self._fleet, self._cache = lanes, fleet, cache
+        self._lanes, self._fleet, self._cache, self._catalog = lanes, fleet, cache, catalog
+
+    def count_answer(self, model: str, version: int) -> None:
+        """Count a request, or one of a stream, that a version answered."""
+        self._num_answers[model, version] += 1
 
     def count_upstream_error(self) -> None:
         """Count an inference that failed."""
@@ -77,8 +89,15 @@ class GatewayMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """Yield what is not measured by method."""
+        is_serving = self._health.is_serving
         yield GaugeMetricFamily(
-            "gateway_serving", "1 while the last inference of the probe worked, else 0.", self._health.is_serving
+            "gateway_serving", "1 while the last inference of the probe worked, else 0.", is_serving
+        )
+        yield GaugeMetricFamily("gateway_workers", "Processes whose last inference of the probe worked.", is_serving)
+        yield CounterMetricFamily(
+            "gateway_worker_restarts",
+            "Processes that died, hung or did not start, and were started again.",
+            self.worker_restarts,
         )
         yield from self._of_admission()
         yield CounterMetricFamily(
@@ -92,6 +111,8 @@ class GatewayMetrics(Collector):
             yield from _of_lanes(self._lanes)
         if self._fleet is not None:
             yield from _of_fleet(self._fleet)
+        if self._catalog is not None:
+            yield self._of_versions(self._catalog)
         if self._cache is not None:
             yield from _of_cache(self._cache)
 
@@ -111,6 +132,17 @@ class GatewayMetrics(Collector):
         for reason in REASONS:
             refused.add_metric([reason], admission.num_refused[reason])
         yield refused
+
+    def _of_versions(self, catalog: Catalog) -> Metric:
+        answers = CounterMetricFamily(
+            "gateway_version_requests", "Requests that each version answered.", labels=["model", "version"]
+        )
+        # Those that answer now: no caller adds one, and old ones do not pile up.
+        for model in catalog.listing():
+            for served in model.versions:
+                count = self._num_answers[model.name, served.version]
+                answers.add_metric([model.name, str(served.version)], count)
+        return answers
 
     def _histogram(self, name: str, words: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"gateway_{name}", words, registry=self.registry, buckets=buckets)

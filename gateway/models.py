@@ -205,6 +205,11 @@ class Catalog:
         there = ", ".join(str(served.version) for served in model.versions)
         raise UnknownVersionError(f"model_version: {model.name} has no version {version}; served are {there}")
 
+    def routed(self, name: str) -> int:
+        """Return the version that a request to a model gets if it names none; 0 where there is no such model."""
+        model = self._models.get(name)
+        return self._routed(model).version if model is not None else 0
+
     def listing(self) -> list[ServedModel]:
         """Return what can be asked for, by name."""
         return [self._models[name] for name in sorted(self._models)]

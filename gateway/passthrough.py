@@ -8,6 +8,7 @@ models, shared memory, settings of its traces and log.
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -17,7 +18,7 @@ from google.protobuf.message import Message
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.admission import Admission, Slot
-from gateway.errors import GatewayError, OverloadedError, UpstreamUnavailableError
+from gateway.errors import GatewayError, OverloadedError, UpstreamError, UpstreamUnavailableError
 from rpc.retry import retry_metadata
 
 log = structlog.get_logger(__name__)
@@ -33,6 +34,8 @@ _READ_AHEAD = 8
 # How old a model's max_batch_size may be before Triton is asked again, beside the requests that use it.
 _FRESH_SECONDS = 30.0
 _RETRY_SECONDS = 0.1
+# As in the servicer: a version that the caller did not choose went away, and the next best answers.
+_REPLACEMENTS = 2
 
 # Of what Triton says it can do, what is refused here.
 _NOT_OFFERED = frozenset(
@@ -107,7 +110,9 @@ class _Inference:
     """One that runs at Triton."""
 
     call: asyncio.Task[Any]
-    model: str
+    request: Any
+    is_routed: bool
+    """Whether its version was chosen here."""
     until: float
     """When its caller has waited long enough, by the event loop's clock."""
 
@@ -131,12 +136,15 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         upstream: Triton.
         admission: How much at once. A request counts as many images as its batch has items.
         identity: Who calls, for fair shares.
-        require: Raises UpstreamUnavailableError where a model is known not to answer, by its name.
+        require: Raises UpstreamUnavailableError where a version, 0 being the default one, is known not to answer.
+        route: Returns the version for a request that names none, 0 to leave that to Triton.
+        refresh: Learns anew which versions there are, or raises UpstreamError.
         is_ready: Whether the gateway is.
         is_model_ready: Whether a model is ready that the gateway itself proves to be so or not, version 0 being its
             default one; None for every other, of which Triton is asked.
         upstream_timeout_seconds: Longest wait for an inference, whatever the caller's deadline.
         on_upstream_error: Called when Triton failed at an inference, so that readiness is looked at again.
+        on_answer: Told the model and the version of each answer.
     """
 
     def __init__(
@@ -145,26 +153,32 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         upstream: Upstream,
         admission: Admission,
         identity: Callable[[Context], str],
-        require: Callable[[str], None],
+        require: Callable[[str, int], None],
+        route: Callable[[str], int],
+        refresh: Callable[[], Awaitable[None]],
         is_ready: Callable[[], bool],
         is_model_ready: Callable[[str, int], bool | None],
         upstream_timeout_seconds: float,
         on_upstream_error: Callable[[], None],
+        on_answer: Callable[[str, int], None],
     ) -> None:
         self._upstream = upstream
         self._admission = admission
         self._identity = identity
         self._require = require
+        self._route = route
+        self._refresh = refresh
         self._is_ready = is_ready
         self._is_model_ready = is_model_ready
         self._upstream_timeout_seconds = upstream_timeout_seconds
         self._on_upstream_error = on_upstream_error
+        self._on_answer = on_answer
         self._batching = _Batching(upstream)
 
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         """Infer once."""
         try:
-            return await self._answer(await self._begin(request, context))
+            return await self._answer(await self._begin(request, context), context)
         except _Refusal as error:
             await _abort(context, error)
 
@@ -187,7 +201,7 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         reader = asyncio.create_task(read())
         try:
             while (one := await begun.get()) is not None:
-                yield await self._stream_answer(*one)
+                yield await self._stream_answer(*one, context)
                 room.release()
             # What the requests ended with, if not by themselves.
             await reader
@@ -264,8 +278,9 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         """
         _refuse_shared_memory(request)
         remaining = context.time_remaining()
+        is_routed = not request.model_version and self._choose_version(request)
         try:
-            self._require(request.model_name)
+            self._require(request.model_name, _number(request.model_version))
             slot = self._admission.enter(
                 await self._num_items(request),
                 num_bytes=request.ByteSize(),
@@ -285,7 +300,12 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         seconds = (
             self._upstream_timeout_seconds if remaining is None else min(self._upstream_timeout_seconds, remaining)
         )
-        return _Inference(call, request.model_name, asyncio.get_running_loop().time() + seconds)
+        return _Inference(call, request, is_routed, asyncio.get_running_loop().time() + seconds)
+
+    def _choose_version(self, request: Any) -> bool:
+        """Fill in the version, where there is a choice."""
+        request.model_version = str(self._route(request.model_name) or "")
+        return bool(request.model_version)
 
     async def _begin_or_refuse(self, request: Any, context: Context) -> _Inference | _Refusal:
         try:
@@ -293,7 +313,22 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         except _Refusal as error:
             return error
 
-    async def _answer(self, inference: _Inference) -> Any:
+    async def _answer(self, inference: _Inference, context: Context) -> Any:
+        """Return Triton's answer, of another version where that which was chosen here has gone."""
+        for _ in range(_REPLACEMENTS):
+            try:
+                return await self._its_answer(inference)
+            except _Refusal as error:
+                if not inference.is_routed or error.code is not grpc.StatusCode.NOT_FOUND:
+                    raise
+            # What is known already may do, where Triton does not say.
+            with suppress(UpstreamError):
+                await self._refresh()
+            inference.request.model_version = ""
+            inference = await self._begin(inference.request, context)
+        return await self._its_answer(inference)
+
+    async def _its_answer(self, inference: _Inference) -> Any:
         """Wait for Triton's answer; whether this is cancelled or runs out of time, the call runs on."""
         call = inference.call
         if not call.done():
@@ -303,19 +338,21 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         if call.cancelled():
             raise _Refusal(grpc.StatusCode.UNAVAILABLE, "the gateway is stopping; try again")
         try:
-            return call.result()
+            answer = call.result()
         except grpc.aio.AioRpcError as error:
-            told = _translated(error, "ModelInfer", inference.model)
+            told = _translated(error, "ModelInfer", inference.request.model_name)
             if told.is_failure:
                 self._on_upstream_error()
             raise told from error
+        self._on_answer(answer.model_name, _number(answer.model_version))
+        return answer
 
-    async def _stream_answer(self, request_id: str, begun: _Inference | _Refusal) -> Any:
+    async def _stream_answer(self, request_id: str, begun: _Inference | _Refusal, context: Context) -> Any:
         answer = service_pb2.ModelStreamInferResponse()
         try:
             if isinstance(begun, _Refusal):
                 raise begun
-            answer.infer_response.CopyFrom(await self._answer(begun))
+            answer.infer_response.CopyFrom(await self._answer(begun, context))
             # As Triton says in streams.
             answer.infer_response.parameters["triton_final_response"].bool_param = True
         except _Refusal as error:
@@ -408,6 +445,11 @@ def _refuse_shared_memory(request: Any) -> None:
                 raise _Refusal(
                     grpc.StatusCode.INVALID_ARGUMENT, f"{field}[{index}].parameters: shared_memory: {_SHARED_MEMORY}"
                 )
+
+
+def _number(version: str) -> int:
+    """Return a version as a number, 0 for none and for what is none."""
+    return int(version or 0) if _VERSION.fullmatch(version) else 0
 
 
 def _give_back(slot: Slot, ended: asyncio.Task[Any]) -> None:

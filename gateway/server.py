@@ -1,11 +1,12 @@
 """Builds the gateway from its parts and runs it until it is signalled."""
 
+import asyncio
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import structlog
@@ -22,6 +23,7 @@ from gateway.images import Limits
 from gateway.lanes import Lanes
 from gateway.metrics import GatewayMetrics
 from gateway.models import Catalog
+from gateway.parsing import batch_parser
 from gateway.passthrough import PassthroughServicer
 from gateway.probe import Probe
 from gateway.scopes import NEEDS
@@ -31,8 +33,9 @@ from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
 from rpc.access import Access, identity
 from rpc.address import is_loopback, joined
 from rpc.health import MAX_WATCHERS, Health
-from rpc.interceptor import Guard
+from rpc.interceptor import MAX_UNASKED, Guard
 from rpc.keys import Keyring
+from rpc.lag import LagWatch
 from rpc.lifecycle import bind, run_until_signalled
 from rpc.settings import SettingsError
 from rpc.telemetry import Endpoint
@@ -45,10 +48,10 @@ _DESCRIPTOR = image_service_pb2.DESCRIPTOR.services_by_name["ImageService"]
 SERVICE = _DESCRIPTOR.full_name
 """Name of the service in health checks and reflection."""
 
-_PORT_OPTION = "--port or SLUICE_GATEWAY_PORT"
-_METRICS_PORT_OPTION = "--metrics-port or SLUICE_GATEWAY_METRICS_PORT"
-# Health watches, and checks and reflection, beside the calls that admission counts.
-_SPARE_RPCS = MAX_WATCHERS + 128
+PORT_OPTION = "--port or SLUICE_GATEWAY_PORT"
+METRICS_PORT_OPTION = "--metrics-port or SLUICE_GATEWAY_METRICS_PORT"
+# Health watches, calls whose request has not come, and checks and reflection, beside those that admission counts.
+_SPARE_RPCS = MAX_WATCHERS + MAX_UNASKED + 128
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
 _LEFT_CALLS_SECONDS = 2.0
 _NEVER = 2**31 - 1
@@ -61,9 +64,16 @@ class GatewayServer:
     Leaving the block drains: health says NOT_SERVING, new calls are refused, those in flight may take
     ``drain_seconds``. Being ready is not waited for; health tells it.
 
+    Args:
+        settings: All of them.
+        is_worker: Whether this is one of several on a port that is held for them. It takes callers once its first
+            inference has worked, at the latest after ``probe_timeout_seconds``: until then the others have them. It
+            shows its metrics to those who ask :attr:`metrics`, and nowhere else.
+
     Attributes:
         address: ``host:port`` that it listens on.
-        metrics_url: Where Prometheus finds its metrics, until the drain is over.
+        metrics: What it counts.
+        metrics_url: Where Prometheus finds them, until the drain is over.
         grpc_server: The started server.
     """
 
@@ -71,13 +81,12 @@ class GatewayServer:
     metrics_url: str
     grpc_server: grpc.aio.Server
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, *, is_worker: bool = False) -> None:
         self._settings = settings
+        self._is_worker = is_worker
         self._health = Health(["", SERVICE])
         self._admission = Admission(settings.max_in_flight, settings.max_in_flight_bytes)
-        self._metrics = GatewayMetrics(
-            [_DESCRIPTOR, passthrough.DESCRIPTOR], admission=self._admission, health=self._health
-        )
+        self.metrics = metrics_of(self._admission, self._health)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -124,17 +133,18 @@ class GatewayServer:
         lanes = Lanes(
             fleet.asking,
             timeout_seconds=settings.upstream_timeout_seconds,
+            may_cancel=lambda: fleet.may_cancel,
             batches_per_instance=settings.batches_per_instance,
             joins=settings.single_flight,
             cache=cache,
             traces=tracer,
-            on_batch=self._metrics.observe_batch,
+            on_batch=self.metrics.observe_batch,
         )
         stack.push_async_callback(lanes.drained, left_seconds)
-        self._metrics.watch(lanes, fleet, cache)
         decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
         catalog = Catalog(fleet, repository=settings.model_repository, default_model=settings.default_model)
+        self.metrics.watch(lanes, fleet, cache, catalog)
         probe = Probe(
             catalog,
             fleet,
@@ -147,7 +157,7 @@ class GatewayServer:
         stack.push_async_callback(probe.stop)
 
         def on_upstream_error() -> None:
-            self._metrics.count_upstream_error()
+            self.metrics.count_upstream_error()
             probe.hasten()
 
         servicer = ImageServicer(
@@ -160,16 +170,20 @@ class GatewayServer:
             max_batch_images=settings.max_batch_images,
             stream_window=settings.stream_window,
             on_upstream_error=on_upstream_error,
+            on_answer=self.metrics.count_answer,
         )
         passing = PassthroughServicer(
             upstream=fleet,
             admission=self._admission,
             identity=identity,
             require=probe.require,
+            route=catalog.routed,
+            refresh=catalog.refresh,
             is_ready=lambda: self._health.is_serving,
             is_model_ready=probe.is_serving,
             upstream_timeout_seconds=settings.upstream_timeout_seconds,
             on_upstream_error=on_upstream_error,
+            on_answer=self.metrics.count_answer,
         )
         image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(passing, server)
@@ -178,29 +192,50 @@ class GatewayServer:
             (SERVICE, passthrough.SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
         )
 
+        lag = LagWatch(self.metrics.observe_lag)
+        stack.callback(lag.stop)
         stack.push_async_callback(server.stop, settings.drain_seconds)
-        await server.start()
         probe.start()
+        if self._is_worker:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.probe_timeout_seconds):
+                    await self._health.serving()
+            self._bind()
+        await server.start()
 
     def _listen(self, stack: AsyncExitStack) -> grpc.aio.Server:
         settings = self._settings
-        credentials, access = _credentials(settings), _access(settings)
-        endpoint = Endpoint(self._metrics.registry, settings.host, settings.metrics_port, option=_METRICS_PORT_OPTION)
-        stack.callback(endpoint.close)
-        self.metrics_url = endpoint.url
+        self._credentials, access = _credentials(settings), _access(settings)
+        if not self._is_worker:
+            endpoint = Endpoint(self.metrics.registry, settings.host, settings.metrics_port, option=METRICS_PORT_OPTION)
+            stack.callback(endpoint.close)
+            self.metrics_url = endpoint.url
         self._tracer = Tracer(settings.otlp_endpoint, "sluice-gateway") if settings.otlp_endpoint else None
         if self._tracer is not None:
             stack.push_async_callback(self._tracer.close)
-        self.guard = Guard(self._metrics.methods, access=access, tracer=self._tracer)
+        self.guard = Guard(
+            self.metrics.methods,
+            access=access,
+            tracer=self._tracer,
+            parsers=_parsers(settings),
+            request_seconds=settings.request_seconds,
+        )
         server = grpc.aio.server(
             interceptors=(self.guard,),
-            options=_options(settings),
+            options=_options(settings, is_worker=self._is_worker),
             maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
         )
-        port = bind(server, settings.host, settings.port, option=_PORT_OPTION, credentials=credentials)
-        self.address = joined(settings.host, port)
         self.grpc_server = server
+        if not self._is_worker:
+            self._bind()
         return server
+
+    def _bind(self) -> None:
+        host, port, is_reserved = self._settings.host, self._settings.port, self._is_worker
+        port = bind(
+            self.grpc_server, host, port, option=PORT_OPTION, is_reserved=is_reserved, credentials=self._credentials
+        )
+        self.address = joined(host, port)
 
 
 async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -217,14 +252,35 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
     """
     async with GatewayServer(settings) as gateway:
         log.info("listening", address=gateway.address, metrics=gateway.metrics_url)
-        if on_ready is not None:
-            on_ready(gateway.address)
-        await run_until_signalled(
-            gateway.grpc_server,
-            grace_seconds=settings.drain_seconds,
-            on_drain=gateway.drain,
-            wait_idle=gateway.guard.wait_idle,
-        )
+        await run(gateway, grace_seconds=settings.drain_seconds, on_ready=on_ready)
+
+
+async def run(gateway: GatewayServer, *, grace_seconds: float, on_ready: Callable[[str], None] | None = None) -> None:
+    """Run a gateway that listens as :func:`serve` does."""
+    if on_ready is not None:
+        on_ready(gateway.address)
+    await run_until_signalled(
+        gateway.grpc_server,
+        grace_seconds=grace_seconds,
+        on_drain=gateway.drain,
+        wait_idle=gateway.guard.wait_idle,
+    )
+
+
+def check(settings: GatewaySettings) -> None:
+    """
+    Look whether a gateway can be made, before several are.
+
+    Raises:
+        SettingsError: As of :func:`serve`.
+    """
+    _credentials(settings)
+    _access(settings)
+
+
+def metrics_of(admission: Admission, health: Health) -> GatewayMetrics:
+    """Make the metrics of a gateway's services; arguments as of :class:`GatewayMetrics`."""
+    return GatewayMetrics([_DESCRIPTOR, passthrough.DESCRIPTOR], admission=admission, health=health)
 
 
 def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
@@ -243,6 +299,10 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
     return None
 
 
+def _parsers(settings: GatewaySettings) -> dict[str, Callable[[bytes], Any]]:
+    return {f"/{SERVICE}/ClassifyBatch": batch_parser(settings.max_batch_images)}
+
+
 def _access(settings: GatewaySettings) -> Access | None:
     return None if settings.keys_file is None else Access(Keyring(settings.keys_file), NEEDS)
 
@@ -252,10 +312,10 @@ def _milliseconds(seconds: float) -> int:
     return round(seconds * 1000) if seconds else _NEVER
 
 
-def _options(settings: GatewaySettings) -> list[tuple[str, int]]:
+def _options(settings: GatewaySettings, *, is_worker: bool) -> list[tuple[str, int]]:
     return [
         # Two gateways on one port would share its callers unnoticed.
-        ("grpc.so_reuseport", 0),
+        ("grpc.so_reuseport", int(is_worker)),
         # Limits
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),

@@ -45,6 +45,7 @@ from rpc.retry import retry_metadata
 
 Context = grpc.aio.ServicerContext[Any, Any]
 InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedRequest | pb.CompareRequest
+Answer = pb.ClassifyResponse | pb.ClassifyBatchResponse | pb.EmbedResponse | pb.CompareResponse
 Request = TypeVar("Request")
 Response = TypeVar("Response")
 Result = TypeVar("Result")
@@ -97,6 +98,8 @@ def _answering(
             response: Response = await self._whatever_is_replaced(partial(method, self, request, context))
         except GatewayError as error:
             await _abort(context, error)
+        if isinstance(response, Answer):
+            self._on_answer(response.model, response.model_version)
         return response
 
     return answered
@@ -110,12 +113,13 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         catalog: What can be asked for.
         admission: How much at once.
         lanes: Where inferences go.
-        require: Raises where a model is known not to answer, by its name.
+        require: Raises where a version is known not to answer, by its model's name and its number.
         decoders: Runs what takes longer than the event loop should be held up.
         limits: Of one image.
         max_batch_images: Of one ClassifyBatch.
         stream_window: Images of one ClassifyStream that are read and were not answered yet.
         on_upstream_error: Called when an inference failed, so that readiness is looked at again.
+        on_answer: Told the model and the version of each answer, those in streams too.
     """
 
     def __init__(
@@ -124,12 +128,13 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         catalog: Catalog,
         admission: Admission,
         lanes: Lanes,
-        require: Callable[[str], None],
+        require: Callable[[str, int], None],
         decoders: Executor,
         limits: Limits,
         max_batch_images: int,
         stream_window: int,
         on_upstream_error: Callable[[], None],
+        on_answer: Callable[[str, int], None],
     ) -> None:
         self._catalog = catalog
         self._admission = admission
@@ -140,6 +145,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self._max_batch_images = max_batch_images
         self._stream_window = stream_window
         self._on_upstream_error = on_upstream_error
+        self._on_answer = on_answer
 
     @_answering
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
@@ -238,6 +244,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             return pb.ClassifyStreamResponse(
                 id=request.id, result=pb.ClassifyResult(code=_status(error).value[0], error=str(error))
             )
+        self._on_answer(response.model, response.model_version)
         return pb.ClassifyStreamResponse(
             id=request.id, result=pb.ClassifyResult(prediction=response.prediction, top=response.top),
             model=response.model, model_version=response.model_version,
@@ -276,7 +283,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
                 await asyncio.sleep(error.retry_after_seconds)
 
     def _lane(self, model: ServedVersion, output: Output) -> Lane:
-        self._require(model.name)
+        self._require(model.name, model.version)
         return self._lanes.of(model, output)
 
     def _enter(self, num_images: int, num_bytes: int, context: Context, lane: Lane | None) -> Slot:

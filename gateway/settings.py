@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from rpc.cores import num_cores
 from rpc.log import Level
 from rpc.settings import Settings
 
@@ -29,6 +30,12 @@ class GatewaySettings(Settings):
     """Port of ``/metrics`` for Prometheus, on the same host; 0 takes any free one."""
     triton: str = Field("127.0.0.1:8001", min_length=1)
     """``host:port`` of Triton's gRPC endpoint, or of several, separated by commas: each batch goes to one of them."""
+
+    # Processes
+    workers: int = Field(1, ge=0, le=256)
+    """Processes that serve; 0: one on each core it may use. Several share the port and the limits, on Linux."""
+    hang_seconds: float = Field(15.0, ge=1, le=3600)
+    """How long the event loop of one of several workers may stand still before it is killed and another one started."""
 
     # Models
     model_repository: Path = Field(Path("model_repository"), validation_alias="SLUICE_MODEL_REPOSITORY")
@@ -65,6 +72,8 @@ class GatewaySettings(Settings):
     """Pause between two inferences that prove readiness, in seconds."""
     probe_timeout_seconds: float = Field(1.2, gt=0, le=3600)
     """After this long without an answer to the probe the gateway reports NOT_SERVING, in seconds."""
+    request_seconds: float = Field(10.0, gt=0, le=3600)
+    """How long a call may take to bring its request, or a stream its first, in seconds; less where many are silent."""
     upstream_timeout_seconds: float = Field(30.0, gt=0, le=3600)
     """Longest wait for Triton, also of a caller without a deadline, in seconds."""
     drain_seconds: float = Field(20.0, ge=0, le=3600)
@@ -101,6 +110,11 @@ class GatewaySettings(Settings):
     """``host:port`` of an OpenTelemetry collector (OTLP over gRPC) that gets a trace of each call; none by default."""
     log_level: Level = "info"
     """The least that is logged: debug, info, warning or error."""
+
+    @property
+    def num_workers(self) -> int:
+        """Processes that serve, 1 or more."""
+        return self.workers or num_cores()
 
     @property
     def tls(self) -> "ServerTls | None":

@@ -1,11 +1,12 @@
 """
 Triton behind one channel: what it has ready, and images in, probabilities or embeddings out.
 
-Triton 2.51 may crash when a ModelInfer is cancelled or its deadline passes (server#7368, server#8034). So none gets
-a deadline here and none is cancelled: who sends one stays to its end, and its callers wait elsewhere.
+Triton may crash when a ModelInfer is cancelled or its deadline passes (server#7368, server#8034), until 2.59. So none
+gets a deadline here, and none is cancelled before the server has said that it is new enough.
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,9 @@ _INPUT, _INPUT_DIMS = "image", [1, 28, 28]
 _MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 _RAW_INPUT_KEY = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 _TOLERANCE = 1e-3
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+# Release 25.06, which has the last of the fixes: server#8220, after server#7840 and server#8078.
+_BEARS_CANCELLING = (2, 59)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,10 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 1_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    # Triton is near: after a restart it is found again within a second.
+    # Triton is near: after a restart it is found again within half a second.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.use_local_subchannel_pool", 1),
     # Answers of any model that passes through, as large as Triton makes them.
     ("grpc.max_receive_message_length", 1 << 30),
@@ -108,12 +112,14 @@ class Triton:
 
     Attributes:
         address: The same.
+        may_cancel: Whether it bears that an inference is cancelled; as of the last look.
     """
 
     def __init__(
         self, address: str, *, control_timeout_seconds: float, outgoing: Callable[[], Metadata] | None = None
     ) -> None:
         self.address = address
+        self.may_cancel = False
         self._outgoing = outgoing
         self._control_timeout_seconds = control_timeout_seconds
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
@@ -132,7 +138,9 @@ class Triton:
         Raises:
             UpstreamError: Triton did not say.
         """
-        index = await self._control("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True))
+        index, self.may_cancel = await asyncio.gather(
+            self._control("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True)), self._bears_cancelling()
+        )
         named = [(model.name, int(model.version)) for model in index.models if model.version.isdecimal()]
         described = await asyncio.gather(*(self._describe(name, version) for name, version in named))
         unfit = {key for key, found in zip(named, described, strict=True) if isinstance(found, UpstreamContractError)}
@@ -156,7 +164,7 @@ class Triton:
 
     async def infer(self, request: bytes, name: str, version: int) -> Any:
         """
-        Return Triton's answer to a serialised ModelInferRequest. Not to be cancelled.
+        Return Triton's answer to a serialised ModelInferRequest. To be cancelled only where ``may_cancel`` says so.
 
         Raises:
             GatewayError: There is none.
@@ -192,6 +200,14 @@ class Triton:
         if self._running:
             await asyncio.wait(self._running, timeout=timeout_seconds)
         await self._channel.close()
+
+    async def _bears_cancelling(self) -> bool:
+        try:
+            metadata = await self.control("ServerMetadata", service_pb2.ServerMetadataRequest())
+        except grpc.aio.AioRpcError:
+            return False
+        numbers = _VERSION.match(metadata.version)
+        return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _BEARS_CANCELLING
 
     async def _describe(self, name: str, version: int) -> ReadyVersion | GatewayError:
         request = service_pb2.ModelConfigRequest(name=name, version=str(version))
@@ -236,7 +252,7 @@ class Triton:
 
 class Asking:
     """
-    Sends images to one output of one version of a model; awaited by one who is never cancelled.
+    Sends images to one output of one version of a model; cancelled only where :attr:`Triton.may_cancel` says so.
 
     Requests are bytes: what is the same in all of a size is serialised once, and pixels are copied once.
     """

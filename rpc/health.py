@@ -38,6 +38,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base 
         """The status now."""
         return self._is_serving
 
+    async def serving(self) -> None:
+        """Wait until the status is SERVING."""
+        while not self._is_serving:
+            await self._changed.wait()
+
     def report(self, is_serving: bool) -> None:
         """Set the status; ignored while draining."""
         if not self._is_draining and is_serving != self._is_serving:

@@ -59,6 +59,8 @@ class Guard(grpc.aio.ServerInterceptor):
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
         access: Who may call what; None lets in everybody.
         tracer: Traces each call, health checks aside; None traces nothing.
+        parsers: What parses the requests of a method, by its path, in place of its own parser. May raise
+            :class:`UnfitError`.
         idle_seconds: How long a message may wait to be taken; None is without end.
         request_seconds: How long a request may take to come; None is without end.
     """
@@ -69,12 +71,14 @@ class Guard(grpc.aio.ServerInterceptor):
         *,
         access: Access | None = None,
         tracer: Tracer | None = None,
+        parsers: Mapping[str, Parse] | None = None,
         idle_seconds: float | None = None,
         request_seconds: float | None = None,
     ) -> None:
         self._metrics = metrics or {}
         self._access = access
         self._tracer = tracer
+        self._parsers = parsers or {}
         self._idle_seconds = idle_seconds
         self._unasked = _Unasked(request_seconds) if request_seconds is not None else None
         self._running = _Running()
@@ -102,6 +106,7 @@ class Guard(grpc.aio.ServerInterceptor):
                 self._unasked,
                 self._running,
                 self._tracer,
+                self._parsers.get(method),
             )
         if self._access is not None:
             refusal = self._access.check(method, handler_call_details.invocation_metadata)
@@ -140,8 +145,9 @@ def _guard(
     unasked: _Unasked | None,
     running: _Running,
     tracer: Tracer | None,
+    parser: Parse | None,
 ) -> Handler:
-    parse = handler.request_deserializer or bytes
+    parse = parser or handler.request_deserializer or bytes
     open_request: Any
     respond: Any
     if handler.request_streaming:
@@ -163,8 +169,8 @@ def _guard(
             raise
         except grpc.aio.AbortError:
             raise
-        except _MalformedError:
-            await call.refuse()
+        except _MalformedError as error:
+            await call.refuse(error)
         except _SilentError as error:
             await call.send_away(error)
         except grpc.aio.BaseError:
@@ -199,8 +205,8 @@ def _guard(
             await call.give_up(patience.seconds)
         except grpc.aio.AbortError:
             raise
-        except _MalformedError:
-            await call.refuse()
+        except _MalformedError as error:
+            await call.refuse(error)
         except _SilentError as error:
             await call.send_away(error)
         except grpc.aio.BaseError:
@@ -227,8 +233,16 @@ def _guard(
     respond_guarded = stream if handler.response_streaming else unary
 
     async def counted(data: Any, context: Context) -> Any:
+        working = respond_guarded(data, context)
+        del data
         with running:
-            return await respond_guarded(data, context)
+            try:
+                return await working
+            except grpc.aio.AbortError as error:
+                # grpc.aio keeps it with the call, which its frames hold in turn: without this, all that a refused call
+                # had sent would stay until the garbage collector's rarest round.
+                error.__context__ = None
+                raise error.with_traceback(None) from None
 
     guarded: Handler = wrap(counted, None, handler.response_serializer)
     return guarded
@@ -258,6 +272,8 @@ async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
     except DecodeError:
         # Raised and not refused here: a stream may read its requests in another task than it answers in.
         raise _MalformedError from None
+    except UnfitError as error:
+        raise _MalformedError(str(error)) from None
 
 
 async def _first_parsed(unasked: _Unasked, parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> Any:
@@ -280,8 +296,12 @@ async def _each_parsed(
         yield await _parsed(parse, data, call)
 
 
+class UnfitError(Exception):
+    """A parser's: the request is INVALID_ARGUMENT, and the caller is told these words."""
+
+
 class _MalformedError(Exception):
-    """Bytes that are not the method's request message."""
+    """Bytes that are not the method's request message, or not to be parsed."""
 
 
 class _SilentError(Exception):
@@ -365,8 +385,9 @@ class _Call:
         if self._budget is not None:
             self._context.set_trailing_metadata(self._budget.metadata(time.perf_counter() - self._started))
 
-    async def refuse(self) -> None:
-        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request: not a valid message for {self._method}")
+    async def refuse(self, error: _MalformedError) -> None:
+        words = str(error) or f"request: not a valid message for {self._method}"
+        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, words)
 
     async def send_away(self, error: _SilentError) -> None:
         await self._context.abort(grpc.StatusCode.ABORTED, str(error))

@@ -194,8 +194,9 @@ class EmbeddedTriton:
             *(f"--backend-config=python,{name}={value}" for name, value in python.items()),
             # With a model that has no version, --load-model=* would end the server.
             "--model-control-mode=explicit",
-            # One version that does not load would keep the others of its model from loading: that comes afterwards.
-            *(f"--load-model={model}" for model, found in self._inspections.items() if not found.damaged),
+            # One version that does not load would keep the others of its model from loading: that comes afterwards, as
+            # does a model of which more has to be kept than its configuration says.
+            *(f"--load-model={model}" for model, found in self._inspections.items() if found.is_as_configured),
             "--exit-on-error=false",
             # Completing a configuration costs a stub, and 3 s, for each model; ours are complete, as libtorch asks.
             "--disable-auto-complete-config",
@@ -219,7 +220,7 @@ class EmbeddedTriton:
                 if not live.done():
                     raise TritonStartError(f"Triton ended with status {ended.result()} while starting{self._tail()}")
                 live.result()
-                await self._load_around_damage(control)
+                await self._load_the_rest(control)
                 await _warn_of_failures(control)
             except ControlError as error:
                 raise TritonStartError(f"{error} (SLUICE_TRITON_READY_TIMEOUT_SECONDS){self._tail()}") from error
@@ -228,11 +229,11 @@ class EmbeddedTriton:
                 ended.cancel()
                 await asyncio.wait({live, ended})
 
-    async def _load_around_damage(self, control: TritonControl) -> None:
+    async def _load_the_rest(self, control: TritonControl) -> None:
         for model, found in self._inspections.items():
             for version, reason in found.damaged.items():
                 log.warning("version refused", model=model, version=version, reason=reason)
-            if found.damaged and found.sound:
+            if not found.is_as_configured and found.sound:
                 # What Triton says against one is in its index, where the next step finds it.
                 with contextlib.suppress(ControlError):
                     await soundness.load(control, self._settings.model_repository, model, found)

@@ -9,13 +9,14 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-_ASKING = ("classify", "compare", "health", "loadtest")
+_ASKING = ("classify", "compare", "health", "loadtest", "route")
 
 # Errors that carry a message for the user, by the package that raises them; imported only when one came up.
 _ROOTS = (
     ("rpc.settings", "SettingsError", EXIT_USAGE),
     ("rpc.lifecycle", "PortTakenError", EXIT_FAILED),
     ("rpc.lifecycle", "ServerDiedError", EXIT_FAILED),
+    ("rpc.processes.errors", "WorkerError", EXIT_FAILED),
     ("streamer.errors", "StreamerError", EXIT_FAILED),
     ("gateway.errors", "GatewayError", EXIT_FAILED),
     ("gateway.client", "ClientError", EXIT_FAILED),

@@ -78,7 +78,12 @@ def streamer_service(settings: UpSettings) -> Service:
 
 def gateway_service(settings: UpSettings, triton: str) -> Service:
     """Return the gateway in front of the Triton at that address as a service of the line."""
-    options = {"--port": settings.gateway_port, "--metrics-port": settings.gateway_metrics_port, "--triton": triton}
+    options = {
+        "--port": settings.gateway_port,
+        "--metrics-port": settings.gateway_metrics_port,
+        "--workers": settings.gateway_workers,
+        "--triton": triton,
+    }
     return Service(
         name="gateway",
         arguments=["gateway", *_given(options)],

@@ -1,7 +1,7 @@
 """``sluice export``, ``publish`` and ``rollback``: from a run to a version that answers, and back to an earlier one."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,7 @@ def publish(options: PublishOptions, *, report: Report) -> str:
         explain(exported, report)
     report(f"published {repository / card.model / str(card.version)}")
     address = options.load and asyncio.run(deploy(repository, card, options.triton, report))
+    tell_route(repository / card.model, card.version, report, is_loaded=bool(address))
     loaded = f"loaded by Triton at {address}" if address else "`sluice up` serves it"
     accuracy = card.metrics.get("accuracy")
     measured = "" if accuracy is None else f", {accuracy:.2%} of {card.metrics.get('num_samples', 0):.0f} images right"
@@ -137,7 +138,7 @@ def rollback(options: RollbackOptions, *, report: Report) -> str:
         report: Told what is going on, in lines.
 
     Raises:
-        PublishError: There is no such version, or it is damaged.
+        PublishError: There is no such version, it is damaged, or callers are routed to one that would be withdrawn.
         ServingError: Triton did not load it, or one that was named does not answer; everything is as before.
     """
     repository = load(TritonSettings).model_repository
@@ -146,6 +147,9 @@ def rollback(options: RollbackOptions, *, report: Report) -> str:
     address = options.load and asyncio.run(_follow(repository, moved, options.triton, report))
     gone = ", ".join(map(str, moved.withdrawn)) or "none"
     answering = f"answers, from Triton at {address}" if address else "is the newest; `sluice up` serves it"
+    routed = versions.routed(repository / options.model)
+    if routed and routed[0] != moved.version:
+        answering = f"is the newest; callers go to {routed[0]}, as {options.model} is routed"
     undo = f"; `sluice rollback {options.model} --to {before[-1]}` undoes this" if before else ""
     return f"{options.model} version {moved.version} {answering}; withdrawn: {gone}{undo}"
 
@@ -176,6 +180,33 @@ async def reproduce(control: TritonControl, folder: Path, card: Card) -> None:
         raise ExportError(f"{card.model} version {card.version} in Triton: {problem}")
 
 
+async def load_also(
+    repository: Path, model: str, wanted: Collection[int], triton: str | None, report: Report
+) -> str | None:
+    """
+    Have Triton load versions of a model beside those it has anyway, and return its address; None where none runs.
+
+    Args:
+        repository: Of the models.
+        model: Name in there.
+        wanted: The versions. Nothing is done where all of them are ready.
+        triton: ``host:port`` of one that has to be there; None: one that answers where the settings put it, if any.
+        report: Told which damaged versions were passed over, in lines.
+
+    Raises:
+        ServingError: The one that was named does not answer, or does not load one of them; the others go on running.
+    """
+    async with TritonControl(_address(triton)) as control:
+        if not await _is_there(control, must=triton is not None):
+            return None
+        if not set(wanted) <= set(await control.versions(model)):
+            await _load(control, repository, model, report, also=wanted)
+            if absent := set(wanted).difference(await control.versions(model)):
+                missing = ", ".join(map(str, sorted(absent)))
+                raise ServingError(f"{model} version {missing}: not loaded by Triton at {_address(triton)}")
+    return _address(triton)
+
+
 async def deploy(repository: Path, card: Card, triton: str | None, report: Report) -> str | None:
     """
     Have Triton load a new version, see that it answers as it should, and return the address; else withdraw it.
@@ -203,6 +234,17 @@ async def deploy(repository: Path, card: Card, triton: str | None, report: Repor
                 await _load(control, repository, card.model, report)
             raise ServingError(f"version {card.version} is withdrawn: {error}") from error
     return _address(triton)
+
+
+def tell_route(model: Path, version: int, report: Report, *, is_loaded: bool) -> None:
+    """Say where callers of a model, by its folder, are sent, unless it is to the version that was just published."""
+    routed = versions.routed(model)
+    if routed and routed[0] != version:
+        done = "published and loaded" if is_loaded else "published"
+        report(
+            f"version {version} is {done}; {model.name} is routed to {routed[0]}: "
+            f"`sluice route {model.name} --default {version}`"
+        )
 
 
 def explain(exported: Export, report: Report) -> None:
@@ -235,8 +277,10 @@ async def _follow(repository: Path, moved: versions.Rollback, triton: str | None
     return _address(triton)
 
 
-async def _load(control: TritonControl, repository: Path, model: str, report: Report) -> None:
-    found = await asyncio.to_thread(soundness.inspect, repository, model)
+async def _load(
+    control: TritonControl, repository: Path, model: str, report: Report, *, also: Collection[int] = ()
+) -> None:
+    found = await asyncio.to_thread(soundness.inspect, repository, model, also=also)
     for reason in found.damaged.values():
         report(f"passed over: {reason}")
     await soundness.load(control, repository, model, found)

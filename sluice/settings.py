@@ -19,6 +19,8 @@ class UpSettings(Settings):
     """Port of the gateway."""
     gateway_metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_GATEWAY_METRICS_PORT")
     """Port of the gateway's metrics."""
+    gateway_workers: int | None = Field(None, ge=0, le=256, validation_alias="SLUICE_GATEWAY_WORKERS")
+    """Processes of the gateway; 0: one on each core."""
     streamer_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_STREAMER_PORT")
     """Port of the streamer."""
     streamer_metrics_port: int | None = Field(None, ge=1, le=65535, validation_alias="SLUICE_STREAMER_METRICS_PORT")

@@ -17,7 +17,7 @@ from rpc.address import joined
 from rpc.settings import SettingsError, load
 from serving.settings import TritonSettings
 from sluice.interruption import asked_to_stop
-from sluice.release import deploy, explain
+from sluice.release import deploy, explain, tell_route
 from streamer.client import SplitInfo
 from streamer.settings import StreamerSettings
 from training import overrides
@@ -231,6 +231,7 @@ def _lead(
     explain(result.exported, report)
     report(f"published {repository / result.card.model / str(result.card.version)}")
     loaded_by = asyncio.run(deploy(repository, result.card, options.triton, report)) if options.load else None
+    tell_route(repository / result.card.model, result.card.version, report, is_loaded=loaded_by is not None)
     return Outcome(result=result, loaded_by=loaded_by)
 
 

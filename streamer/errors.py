@@ -208,10 +208,6 @@ class TransformPoolError(StreamerError):
     """The processes that transform samples are gone, or do not start or answer."""
 
 
-class WorkerError(StreamerError):
-    """The processes that serve together do not start."""
-
-
 class ReaderError(StreamerError):
     """Reading from a streamer failed."""
 

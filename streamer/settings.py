@@ -6,9 +6,9 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from rpc.cores import num_cores
 from rpc.log import Level
 from rpc.settings import Settings, cache_folder
-from streamer.cores import num_cores
 
 
 class StreamerSettings(Settings):

@@ -34,6 +34,8 @@ _SERVICE_CONFIG = {
     "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
 }
 _CHANNEL_OPTIONS = (
+    # A connection of its own: several clients of one process reach several workers of a gateway.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # The default lets a client wait minutes after its server is back.
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -51,6 +51,7 @@ app.command()(runs.evaluate)
 app.command()(releases.export)
 app.command()(releases.publish)
 app.command()(releases.rollback)
+app.command()(releases.route)
 app.command()(questions.classify)
 app.command()(questions.compare)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})(

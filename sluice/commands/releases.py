@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sluice.access import Access
 from sluice.commands.progress import say
-from sluice.options import LoadingTriton, Precision, StreamerAddress, TellsTriton
+from sluice.options import GatewayAddress, LoadingTriton, Precision, StreamerAddress, TellsTriton, with_access
 
 ModelName = Annotated[str | None, typer.Option(help="Name of the model; by default the run's.")]
 
@@ -63,3 +64,29 @@ def rollback(
     from sluice.release import rollback as run_rollback
 
     print(run_rollback(RollbackOptions(model=model, to=to, triton=triton, load=load), report=say))
+
+
+@with_access
+def route(
+    *,
+    model: Annotated[str | None, typer.Argument(help="Name of the model; without it all are shown.")] = None,
+    default: Annotated[int | None, typer.Option(min=1, help="Version that answers callers who name none.")] = None,
+    canary: Annotated[
+        list[str] | None, typer.Option(help="Version that gets a share of them, such as 4=10%; may be repeated.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Let the highest version answer that is ready.")] = False,
+    server: GatewayAddress = None,
+    triton: Annotated[
+        str | None,
+        typer.Option(help="Triton to load versions it does not have yet, host:port; by default one that answers here."),
+    ] = None,
+    access: Access,
+) -> None:
+    """Show or set which version of a model answers, and which canaries get a share; see docs/publishing.md."""
+    from sluice.route import RouteOptions, run
+
+    options = RouteOptions(
+        model=model, default=default, canary=canary or (), clear=clear, server=server, triton=triton, access=access
+    )
+    for line in run(options, report=say):
+        print(line)

@@ -53,10 +53,15 @@ def streamer(settings: StreamerSettings) -> None:
 @with_options(GatewaySettings)
 def gateway(settings: GatewaySettings) -> None:
     """Classify images over gRPC, in front of Triton."""
-    from gateway.server import serve
+    from gateway import server, workers
+    from rpc import loop
 
     log.configure(settings.log_level)
-    asyncio.run(serve(settings, on_ready=announce))
+    if settings.num_workers > 1:
+        # It serves nobody itself.
+        asyncio.run(workers.serve(settings, on_ready=announce))
+    else:
+        loop.run(server.serve(settings, on_ready=announce))
 
 
 @with_options(TritonSettings)

@@ -23,8 +23,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from streamer import interpreter
-from streamer.cores import num_cores
+from rpc import interpreter
+from rpc.cores import num_cores
 from streamer.errors import TransformError, TransformPoolError
 from streamer.transforms.transform import Transform
 from streamer.transforms.worker import Layout

@@ -10,10 +10,10 @@ import pytest
 
 from streamer.client import SampleClient
 from streamer.proof import verify
+from tests.children import Watched
 from tests.faults.loading_trainer import NUM_EPOCHS, Checkpoint, LoadingJob, LoadingTrainer
 from tests.faults.processes import Streamer
 from tests.faults.reading import NUM_SAMPLES, shown
-from tests.streamer.hosts import Watched
 
 NUM_STEPS = NUM_EPOCHS * -(-NUM_SAMPLES // 256)
 DEAD_WORKER = r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)"

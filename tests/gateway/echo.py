@@ -129,21 +129,32 @@ class Readiness:
 
     Attributes:
         models: Of those that it proves, whether they are ready.
+        routed: Versions that requests without one go to, the first until the next :meth:`refresh`.
         num_failures: Of inferences that Triton failed.
     """
 
     def __init__(self) -> None:
         self.models = {"mnist": True}
+        self.routed: dict[str, list[int]] = {}
         self.num_failures = 0
 
     def of(self, name: str, version: int) -> bool | None:
         """Return whether a model is ready, None for one that is not proven."""
         return self.models.get(name)
 
-    def require(self, name: str) -> None:
+    def require(self, name: str, version: int) -> None:
         """Refuse a model that is not ready."""
         if self.models.get(name) is False:
             raise UpstreamUnavailableError(f"{name} does not answer now; try again")
+
+    async def refresh(self) -> None:
+        """Learn that the versions routed to have gone."""
+        for versions in self.routed.values():
+            versions.pop(0)
+
+    def route(self, name: str) -> int:
+        """Return the version for requests without one."""
+        return next(iter(self.routed.get(name, ())), 0)
 
     def fail(self) -> None:
         """Count a failure."""
@@ -172,10 +183,13 @@ async def passing_through(
             admission=admission,
             identity=lambda context: context.peer().rpartition(":")[0],
             require=readiness.require,
+            route=readiness.route,
+            refresh=readiness.refresh,
             is_ready=lambda: all(readiness.models.values()),
             is_model_ready=readiness.of,
             upstream_timeout_seconds=timeout_seconds,
             on_upstream_error=readiness.fail,
+            on_answer=lambda name, version: None,
         )
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")

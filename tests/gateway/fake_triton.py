@@ -46,6 +46,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         embed: Images, uint8 (N, 28, 28), to embeddings, float32; ``None``: no model has that output.
         failure: Status and text that every ModelInfer ends with, where not ``None``.
         rewrite: Last change to a ModelInferResponse before it is sent.
+        version: What it says to be.
         gate: ModelInfer waits for it; set it to let answers out. Open at first.
         received: The images of every ModelInfer that arrived, in order of arrival.
         requests: Those requests.
@@ -68,6 +69,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.embed: Answer | None = normalised
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.rewrite: Callable[[Any], None] = lambda response: None
+        self.version = "2.51.0"
         self.gate = asyncio.Event()
         self.gate.set()
         self.received: list[NDArray[np.uint8]] = []
@@ -111,6 +113,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         while not any((one == image).all() for images in self.received for one in images):
             self.arrived.clear()
             await self.arrived.wait()
+
+    async def ServerMetadata(self, request: Any, context: Context) -> Any:
+        """Say who it is."""
+        return service_pb2.ServerMetadataResponse(name="triton", version=self.version)
 
     async def RepositoryIndex(self, request: Any, context: Context) -> Any:
         """List ready versions."""

@@ -52,6 +52,8 @@ class Model:
 
     def answer(self, index: int = 0, error: Exception | None = None) -> None:
         _, told = self.batches.pop(index)
+        if told.cancelled():
+            return  # nobody waited for it any more
         if error is None:
             told.set_result(None)
         else:
@@ -73,12 +75,14 @@ class Line:
         timeout_seconds: float = 60.0,
         joins: bool = True,
         cache: RowCache | None = None,
+        may_cancel: bool = False,
     ) -> None:
         self.model, self.room = Model(), Room()
         self.records = list[BatchRecord]()
         self.lane = Lane(
             self.model.infer, holds, "numbers", max_batch_size=max_batch_size, max_batches=max_batches,
-            timeout_seconds=timeout_seconds, joins=joins, cache=cache, on_batch=self.records.append,
+            timeout_seconds=timeout_seconds, may_cancel=lambda: may_cancel, joins=joins, cache=cache,
+            on_batch=self.records.append,
         )  # fmt: skip
 
     def ask(self, *images: bytes, identity: str = "", deadline: float | None = None) -> Ask:
@@ -165,6 +169,41 @@ async def test_image_whose_callers_have_gone_never_reaches_the_model() -> None:
     assert line.model.sizes == [1]
     assert told(late) == ["the deadline passed before the inference began"]
     assert line.lane.num_dropped == 2
+
+
+async def test_batch_that_nobody_waits_for_is_cancelled_where_triton_bears_it() -> None:
+    line = Line(max_batches=1, may_cancel=True)
+    alone = line.ask(b"\x01")
+    await settled()
+    first, second, next_one = line.ask(b"\x02"), line.ask(b"\x03"), line.ask(b"\x04", b"\x05", b"\x06")
+    line.lane.leave(alone)
+    await settled()
+    assert line.model.batches[0][1].cancelled()
+    assert line.model.sizes == [1, 4]
+
+    line.lane.leave(first)
+    line.lane.leave(second)
+    await settled()
+    line.model.answer(index=1)
+    await settled()
+    assert line.lane.num_batches == 1
+    line.model.answer(index=1)
+    await settled()
+    assert told(next_one) == [8.0, 10.0, 12.0]
+    assert (line.room.num_taken, line.lane.num_in_flight, line.lane.is_idle) == (0, 0, True)
+
+
+async def test_batch_that_nobody_waits_for_goes_on_where_triton_might_crash() -> None:
+    line = Line()
+    alone = line.ask(b"\x01")
+    await settled()
+    line.lane.leave(alone)
+    await settled()
+    assert (line.lane.num_in_flight, line.room.num_taken) == (1, 1)
+
+    line.model.answer()
+    await settled()
+    assert (line.lane.num_in_flight, line.room.num_taken) == (0, 0)
 
 
 async def test_poisoned_image_fails_alone() -> None:
@@ -264,13 +303,15 @@ async def test_second_batch_waits_until_it_is_worth_a_request() -> None:
 class Coalescing(RuleBasedStateMachine):
     """Random arrivals, cancels, deadlines and failures: nobody gets another's answer, and nobody waits for ever."""
 
-    @initialize(max_batch_size=st.integers(1, 4), max_batches=st.integers(1, 3), joins=st.booleans())
-    def begin(self, max_batch_size: int, max_batches: int, joins: bool) -> None:
+    @initialize(
+        max_batch_size=st.integers(1, 4), max_batches=st.integers(1, 3), joins=st.booleans(), may_cancel=st.booleans()
+    )
+    def begin(self, max_batch_size: int, max_batches: int, joins: bool, may_cancel: bool) -> None:
         self.loop = asyncio.new_event_loop()
         self.asks: list[tuple[Ask, list[bytes]]] = []
 
         async def opened() -> Line:
-            return Line(max_batch_size=max_batch_size, max_batches=max_batches, joins=joins)
+            return Line(max_batch_size=max_batch_size, max_batches=max_batches, joins=joins, may_cancel=may_cancel)
 
         self.line = self.run(opened())
         self.max_batch_size, self.max_batches = max_batch_size, max_batches
@@ -315,7 +356,7 @@ class Coalescing(RuleBasedStateMachine):
     @invariant()
     def bounds_hold(self) -> None:
         if hasattr(self, "line"):
-            assert len(self.line.model.batches) <= self.max_batches
+            assert sum(not told.done() for _, told in self.line.model.batches) <= self.max_batches
             assert max(self.line.model.sizes, default=0) <= self.max_batch_size
 
     def teardown(self) -> None:

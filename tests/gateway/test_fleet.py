@@ -63,7 +63,7 @@ async def test_batch_that_nobody_took_goes_to_another(fleet: Fleet, triton: Fake
         assert (await ask(fleet)).shape == (1, 10)
 
     first, second = fleet.endpoints
-    assert (first.is_ejected("mnist"), second.is_ejected("mnist")) == (True, False)
+    assert (first.is_ejected("mnist", 1), second.is_ejected("mnist", 1)) == (True, False)
     assert len(other.received) == 2 * EJECTED_AFTER
 
 

@@ -143,7 +143,29 @@ async def test_two_gateways_of_one_process_count_apart(
         assert value(other.metrics_url, "gateway_images_admitted_total") == 0
 
 
-async def test_page_names_every_metric_and_no_other(gateway: GatewayServer) -> None:
+async def test_answers_are_counted_by_version_as_long_as_it_is_ready(
+    gateway: GatewayServer, stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    url, name = gateway.metrics_url, "gateway_version_requests_total"
+    triton.models = {"mnist": [1, 2]}
+    await loaded(stub, [2, 1])
+    await stub.Classify(request(digit))
+    await stub.ClassifyBatch(pb.ClassifyBatchRequest(images=[request(digit).image] * 5, model_version=1))
+    assert value(url, name, model="mnist", version="2") == value(url, name, model="mnist", version="1") == 1
+
+    triton.models = {"mnist": [2]}
+    await loaded(stub, [2])
+    samples = [sample for metric in scrape(url) for sample in metric.samples if sample.name == name]
+    assert [(sample.labels["version"], sample.value) for sample in samples] == [("2", 1)]
+
+
+async def loaded(stub: Any, versions: list[int]) -> None:
+    """Wait until the gateway knows of these versions."""
+    while list((await stub.ListModels(pb.ListModelsRequest())).models[0].versions) != versions:
+        pass
+
+
+async def test_page_names_every_metric_and_no_other(gateway: GatewayServer, client: ImageClient) -> None:
     assert documented("gateway") == shown(gateway.metrics_url)
 
 

@@ -1,11 +1,13 @@
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.errors import (
     GatewayError,
@@ -14,6 +16,7 @@ from gateway.errors import (
     UpstreamUnavailableError,
 )
 from gateway.models import Card, Catalog
+from gateway.routing import path_of
 from gateway.triton import ReadyVersion
 
 
@@ -163,3 +166,56 @@ async def test_refresh_outlives_the_caller_who_began_it(catalog: Catalog, source
 
     assert catalog.known("", 0).version == 10
     assert source.num_asked == 1
+
+
+def route(repository: Path, content: Any) -> None:
+    path_of(repository, "mnist").write_text(json.dumps(content))
+
+
+async def test_route_says_which_version_answers_who_names_none(catalog: Catalog, tmp_path: Path) -> None:
+    route(tmp_path, {"default": 9})
+    assert (await catalog.find("", 0)).version == 9
+    assert (await catalog.find("mnist", 10)).version == 10
+    assert (catalog.routed("mnist"), catalog.routed("absent"), catalog.routed("")) == (9, 0, 0)
+
+    route(tmp_path, {"default": 2})
+    await catalog.refresh()
+    assert catalog.known("", 0).version == catalog.listing()[0].default.version == 2
+
+
+async def test_canary_gets_its_share_once_an_inference_worked(source: ScriptedSource, tmp_path: Path) -> None:
+    draws = iter(range(10_000))
+    catalog = Catalog(source, repository=tmp_path, default_model="mnist", draw=lambda: next(draws) % 100 / 100)
+    route(tmp_path, {"default": 9, "canary": {"10": 0.1, "2": 0.25}})
+    await catalog.refresh()
+    assert {catalog.known("", 0).version for _ in range(100)} == {9}
+
+    catalog.prove({("mnist", 9), ("mnist", 10), ("letters", 2)})
+    assert Counter(catalog.known("", 0).version for _ in range(100)) == {9: 90, 10: 10}
+    catalog.prove({("mnist", 10), ("mnist", 2)})
+    assert Counter(catalog.known("", 0).version for _ in range(100)) == {9: 65, 10: 10, 2: 25}
+
+
+async def test_route_to_a_version_that_is_not_ready_is_complained_of_once(catalog: Catalog, tmp_path: Path) -> None:
+    route(tmp_path, {"default": 7})
+    with capture_logs() as lines:
+        for _ in range(3):
+            await catalog.refresh()
+
+    assert catalog.known("", 0).version == 10
+    assert [(line["event"], line["reason"]) for line in lines] == [
+        ("route not followed", "mnist: version 7 is not ready; 10, the highest, answers")
+    ]
+
+
+async def test_damaged_route_is_complained_of_once_and_the_last_one_stays(catalog: Catalog, tmp_path: Path) -> None:
+    route(tmp_path, {"default": 9})
+    await catalog.refresh()
+    route(tmp_path, {"default": 0})
+    with capture_logs() as lines:
+        for _ in range(3):
+            await catalog.refresh()
+
+    assert catalog.known("", 0).version == 9
+    (line,) = lines
+    assert "default: Input should be greater than or equal to 1; followed is 9" in line["reason"]

@@ -65,6 +65,41 @@ async def idle(admission: Admission) -> None:
             await asyncio.sleep(0.01)
 
 
+class TestVersion:
+    """Of a request that names none."""
+
+    async def test_routed_version_is_asked(self, stub: Any, triton: EchoTriton, readiness: Readiness) -> None:
+        triton.models["echo"] = [1, 2, 3]
+        readiness.routed = {"echo": [2]}
+        await stub.ModelInfer(asking())
+        await stub.ModelInfer(asking(model_version="3"))
+
+        assert [request.model_version for request in triton.requests] == ["2", "3"]
+
+    @pytest.mark.parametrize("is_streamed", [False, True])
+    async def test_next_best_answers_when_it_has_just_gone(
+        self, stub: Any, triton: EchoTriton, readiness: Readiness, admission: Admission, is_streamed: bool
+    ) -> None:
+        readiness.routed = {"echo": [3, 2, 1]}
+        if is_streamed:
+            (answer,) = [one async for one in stub.ModelStreamInfer(iter([asking()]))]
+            assert answer.error_message == ""
+        else:
+            await stub.ModelInfer(asking())
+
+        assert [request.model_version for request in triton.requests] == ["3", "2", "1"]
+        await idle(admission)
+
+    async def test_version_that_the_caller_named_is_not_found_when_it_has_gone(
+        self, stub: Any, triton: EchoTriton, readiness: Readiness
+    ) -> None:
+        readiness.routed = {"echo": [1]}
+        refused = await refusal(stub.ModelInfer(asking(model_version="3")))
+
+        assert refused.code() is grpc.StatusCode.NOT_FOUND
+        assert len(triton.requests) == 1
+
+
 class TestInfer:
     async def test_request_and_answer_pass_unchanged(self, stub: Any, triton: EchoTriton) -> None:
         request = asking((2, 3), model_version="1")

@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import io
 import os
 import signal
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gateway.client import ImageClient
-from gateway.server import GatewayServer, serve
+from gateway.server import SERVICE, GatewayServer, serve
 from gateway.settings import GatewaySettings
 from protos.gateway.v1 import image_service_pb2 as pb
 from rpc.health import MAX_WATCHERS
 from rpc.lifecycle import PortTakenError
 from tests.gateway.fake_triton import FakeTriton, label_of
+from tests.scraping import becomes
 
 
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
@@ -61,6 +63,41 @@ async def test_unexpected_exception_shows_no_internals(stub: Any, monkeypatch: p
 
     assert failed.value.code() is grpc.StatusCode.INTERNAL
     assert (failed.value.details() or "").startswith("internal error, logged as ")
+
+
+async def test_refused_call_leaves_nothing_for_the_garbage_collector(channel: grpc.aio.Channel) -> None:
+    request = pb.ClassifyRequest(image=pb.Image(encoded=b"no picture")).SerializeToString()
+    classify: Any = channel.unary_unary(f"/{SERVICE}/Classify")
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(grpc.aio.AioRpcError, match="image"):
+            await classify(request)
+        await asyncio.sleep(0)  # the server's task ends
+        assert not [one for one in gc.get_objects() if isinstance(one, pb.ClassifyRequest)]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(("version", "num_left"), [("2.51.0", 1), ("2.59.0", 0)])
+async def test_inference_that_nobody_waits_for_is_cancelled_only_where_triton_bears_it(
+    settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8], version: str, num_left: int
+) -> None:
+    triton.version = version
+    async with GatewayServer(settings) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        triton.gate.clear()
+        call = asyncio.create_task(client.classify(digit))
+        await triton.arrival_of(digit)
+        call.cancel()
+        classify = f"{SERVICE}/Classify"
+        await becomes(1, gateway.metrics_url, "gateway_requests_total", method=classify, code="CANCELLED")
+        await becomes(num_left, gateway.metrics_url, "gateway_images_in_flight")
+        async with asyncio.timeout(60):
+            while triton.num_cancelled < 1 - num_left:  # noqa: ASYNC110 - on its way, and nobody is told
+                await asyncio.sleep(0.01)
+        triton.gate.set()
+    assert triton.num_cancelled == 1 - num_left
 
 
 async def test_call_in_flight_finishes_while_draining(

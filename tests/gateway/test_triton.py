@@ -180,3 +180,17 @@ async def test_triton_is_reached_without_the_proxy(dead_proxy: None, triton: Fak
     adapter = Triton(scheme + triton.address, control_timeout_seconds=5)
     assert [found.version for found in await adapter.ready_versions()] == [1]
     await adapter.close(5)
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [("2.51.0", False), ("2.58.1", False), ("2.59.0", True), ("2.100.0", True), ("3.0.0", True), ("", False)],
+)
+async def test_cancelling_waits_for_a_server_that_bears_it(
+    adapter: Triton, triton: FakeTriton, version: str, expected: bool
+) -> None:
+    assert not adapter.may_cancel
+    triton.version = version
+    await adapter.ready_versions()
+
+    assert adapter.may_cancel is expected

@@ -138,7 +138,7 @@ class TestOfAScriptedTriton:
             await triton.until_asked("kill mnist/1", "unload mnist", "load mnist")
 
         assert triton.asked.count("statistics") > 1
-        assert len(triton.received[: triton.asked.index("kill mnist/1")]) >= 1
+        assert triton.asked.index("kill mnist/1") == triton.asked.count("statistics")
         assert triton.num_cancelled == 0
 
     async def test_model_that_only_is_slow_is_left_alone(self, triton: LoadedTriton, healing: Any) -> None:
@@ -154,10 +154,8 @@ class TestOfAScriptedTriton:
 
     async def test_model_that_takes_something_else_is_left_alone(self, triton: LoadedTriton, healing: Any) -> None:
         triton.dims, triton.failure = [3, 224, 224], DEAD
-        triton.models["mnist"] = [1]
-        async with healing(), grpc.aio.insecure_channel(triton.address):
-            for _ in range(20):
-                await asyncio.sleep(0.02)  # nothing is to happen, and no event tells of that
+        async with healing():
+            await asyncio.sleep(0.5)  # nothing is to happen, and no event tells of that
 
         assert triton.received == []
         assert triton.asked == []
@@ -171,7 +169,6 @@ class TestOfAScriptedTriton:
                 raise LookupError(text)
 
         triton.failure, triton.on_load = DEAD, fail_once
-        # One more that works, or the second load would not be awaited but Triton started again.
         async with healing():
             await triton.until_asked("load mnist", times=2)
             async with TritonControl(triton.address) as control:
@@ -190,7 +187,7 @@ class TestOfAScriptedTriton:
         assert triton.asked.count("load mnist") == 2
 
     async def test_model_beside_one_that_answers_is_never_beyond_healing(
-        self, triton: LoadedTriton, healing: Any, tmp_path: Path
+        self, triton: LoadedTriton, healing: Any
     ) -> None:
         triton.models["other"] = [1]
         triton.rewrite = lambda response: None if response.model_name == "other" else spoil(response)
@@ -252,7 +249,7 @@ class TestOfARealTriton:
         async with TritonControl(triton.address) as control:
             await control.load(model)
             flip_a_bit(repository / model / "2" / "model.pt")
-            healing = asyncio.create_task(Healer(control, repository, triton.kill_stubs).run())
+            healing = asyncio.create_task(Healer(control, repository, triton.kill_stubs, interval_seconds=0.2).run())
             (stub,) = stubs_of(triton, model, 1)
             os.kill(stub, blow)
             with pytest.raises(ControlError, match="not healthy"):
@@ -271,7 +268,7 @@ class TestOfARealTriton:
     ) -> None:
         (tmp_path / "mnist" / "1").mkdir(parents=True)
         (tmp_path / "mnist" / "config.pbtxt").write_text(CONFIG[: CONFIG.index("model_warmup")])
-        torch.jit.script(Stubborn()).save(tmp_path / "mnist" / "1" / "model.pt")
+        torch.jit.script(Stubborn()).save(tmp_path / "mnist" / "1" / "model.pt")  # type: ignore[no-untyped-call]  # so in torch
         settings = on_free_ports(model_repository=tmp_path, log_file=tmp_path / "triton.log", stop_grace_seconds=0)
         addresses: list[str] = []
         with structlog.testing.capture_logs() as logs:

@@ -68,3 +68,12 @@ def test_version_from_before_manifests_is_held_to_its_card(repository: Path) -> 
 
     (folder / "card.json").write_text('{"digest": "sha256:00"}')
     assert "not what was published" in inspect(repository, "mnist").damaged[5]
+
+
+def test_versions_that_callers_are_routed_to_are_kept_however_old(repository: Path) -> None:
+    assert inspect(repository, "mnist").is_as_configured
+    (repository / "mnist.route.json").write_text('{"default": 4, "canary": {"1": 0.1, "9": 0.1}}')
+    found = inspect(repository, "mnist", also=[2])
+
+    assert (found.sound, found.kept, found.is_as_configured) == ((1, 2, 3, 4, 5), (1, 2), False)
+    assert inspect(repository, "mnist").kept == (1,)

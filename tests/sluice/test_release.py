@@ -12,6 +12,7 @@ from serving.errors import ServingError
 from serving.installation import install
 from serving.triton import EmbeddedTriton
 from sluice.release import ExportOptions, PublishOptions, RollbackOptions, export, publish, rollback
+from sluice.route import RouteOptions, run
 from tests.serving.conftest import free_ports, on_free_ports, scripted
 from training.errors import PublishError
 from training.model import Network, ServedNetwork
@@ -157,3 +158,23 @@ class TestInTriton:
                 await asyncio.to_thread(rollback, options, report=lambda line: None)
             assert published(model) == [1, 2]
             assert await control.versions("stays") == [2]
+
+    async def test_version_of_a_route_is_loaded_and_stays_however_old(
+        self, triton: tuple[str, Path], tmp_path: Path, images_golden: Golden
+    ) -> None:
+        address, folder = triton
+        for version in range(1, 5):
+            write_version(folder / "old" / str(version), images_golden, name="old", seed=1)
+        (folder / "old" / "config.pbtxt").write_text(triton_config("old", 10))
+        async with TritonControl(address) as control:
+            await control.load("old")
+            assert await control.versions("old") == [2, 3, 4]
+            options = RouteOptions(model="old", default=1, triton=address)
+            await asyncio.to_thread(run, options, report=lambda line: None)
+            assert await control.versions("old") == [1, 2, 3, 4]
+
+            told: list[str] = []
+            source = write_version(tmp_path / "export", images_golden, name="old", seed=1)
+            await asyncio.to_thread(publish, PublishOptions(source=source, triton=address), report=told.append)
+            assert await control.versions("old") == [1, 3, 4, 5]
+            assert "version 5 is published and loaded; old is routed to 1: `sluice route old --default 5`" in told

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.children import children
+
 _CODE = (
     "import asyncio; from rpc import log; from rpc.settings import load; from streamer.processes.workers import serve; "
     "from streamer.settings import StreamerSettings; log.configure(); "
@@ -41,19 +43,6 @@ class Host:
         return children(self.process.pid)
 
 
-def children(process_id: int) -> list[int]:
-    """Return the process ids of all that a process has started and that still run."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it ended meanwhile
-        if state != "Z" and int(parent) == process_id:
-            found.append(int(folder.name))
-    return sorted(found)
-
-
 @asynccontextmanager
 async def host(folder: Path, **environment: str) -> AsyncIterator[Host]:
     """Run a streamer of two workers on free ports; it is killed in the end, if it runs still."""
@@ -78,22 +67,3 @@ async def host(folder: Path, **environment: str) -> AsyncIterator[Host]:
         if process.returncode is None:
             process.kill()
         await process.communicate()
-
-
-class Watched:
-    """Processes whose end can be waited for, though they are nobody's children here."""
-
-    def __init__(self, process_ids: list[int]) -> None:
-        self._descriptors = [os.pidfd_open(each) for each in process_ids]
-
-    async def ended(self) -> None:
-        """Wait until all have; the test's own timeout is the limit."""
-        loop = asyncio.get_running_loop()
-        for descriptor in self._descriptors:
-            ended = asyncio.Event()
-            loop.add_reader(descriptor, ended.set)
-            try:
-                await ended.wait()
-            finally:
-                loop.remove_reader(descriptor)
-                os.close(descriptor)

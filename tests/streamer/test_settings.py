@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from rpc.cores import num_cores
 from rpc.settings import SettingsError, load
-from streamer.cores import num_cores
 from streamer.settings import StreamerSettings
 
 

@@ -1,5 +1,6 @@
 """The versions of a model on disk: those that are served, those that were withdrawn, and the way between."""
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -22,6 +23,20 @@ def published(model: Path) -> list[int]:
 def withdrawn(model: Path) -> list[int]:
     """Return the versions that were taken out of sight, ascending."""
     return sorted(int(match[1]) for name in _names(model) if (match := _WITHDRAWN.fullmatch(name)))
+
+
+def routed(model: Path) -> list[int]:
+    """
+    Return the versions that a route sends callers to, the default first; empty where there is none that can be read.
+
+    The route lies beside the model's folder, in ``<model>.route.json``: Triton loads every version anew where a file in
+    the folder has changed. Who follows it, and says what is wrong with it, is the gateway.
+    """
+    try:
+        route = json.loads(model.with_name(f"{model.name}.route.json").read_bytes())
+        return [int(route["default"]), *map(int, route.get("canary", ()))]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return []
 
 
 def next_version(model: Path) -> int:
@@ -62,7 +77,7 @@ def roll_back(model: Path, to: int | None = None) -> Rollback:
         to: The version; none takes the one below the newest.
 
     Raises:
-        PublishError: There is no such version.
+        PublishError: There is no such version, or callers are routed to one that would be withdrawn.
         ManifestError: It is not what was published.
     """
     seen, hidden = published(model), withdrawn(model)
@@ -72,9 +87,14 @@ def roll_back(model: Path, to: int | None = None) -> Rollback:
         to = seen[-2]
     if to not in seen and to not in hidden:
         raise PublishError(f"{model}: no version {to}; in sight: {_list(seen)}, withdrawn: {_list(hidden)}")
+    above = tuple(version for version in seen if version > to)
+    if lost := [version for version in routed(model) if version in above]:
+        raise PublishError(
+            f"{model}: callers are routed to version {_list(lost)}, which this would withdraw; "
+            f"`sluice route {model.name} --default {to}` sends them to {to} at once, and lets you withdraw it then"
+        )
     restored = to not in seen
     manifest.verify(model / (_hidden(to) if restored else str(to)), model=model.name, version=to)
-    above = tuple(version for version in seen if version > to)
     # First what is brought back, so that there is a version at every moment.
     moves = [(_hidden(to), str(to))] if restored else []
     _rename(model, moves + [(str(version), _hidden(version)) for version in above])

@@ -117,10 +117,24 @@ class Gateway:
 
     async def start(self) -> None:
         """Start the process, from the main thread, and wait until it listens and serves."""
+        await self.listen()
+        await self.check()
+
+    async def listen(self) -> None:
+        """Start the process, from the main thread, and wait until it listens, whether it serves or not."""
         with os.fdopen(self._launch()) as pipe:
             self.address = (await asyncio.to_thread(pipe.readline)).strip()
         assert self.address, self._log.read_text()[-2000:]
-        await self.check()
+
+    @property
+    def metrics_url(self) -> str:
+        """Where its metrics are."""
+        return str(next(line["metrics"] for line in self.lines() if line["event"] == "listening"))
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        assert self._process is not None
+        self._process.send_signal(number)
 
     def _launch(self) -> int:
         """Start it, and return where it will announce its address."""

@@ -28,8 +28,9 @@ from streamer.sources.objects import ObjectStore
 from streamer.sources.packing import StoreTarget
 from streamer.sources.split import MemoryDataset
 from streamer.sources.tally import Tally
+from tests.children import Watched, children
 from tests.scraping import becomes, documented, faults, scrape, shown, value
-from tests.streamer.hosts import Watched, children, host
+from tests.streamer.hosts import host
 from tests.streamer.packed import random_split, write_packed
 from tests.streamer.sources.test_cache import size_of
 from tests.streamer.storage import S3Server

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.registry import Collector
 
+from rpc.processes import totals
+from rpc.processes.totals import Family, Snapshot
 from rpc.telemetry import Registry
-from streamer.processes import totals
-from streamer.processes.totals import Family, Snapshot
 
 
 def process(requests: float = 0, open_streams: float = 0, seconds: tuple[float, ...] = ()) -> CollectorRegistry:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from streamer.cores import num_cores
+from rpc.cores import num_cores
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux'")
 

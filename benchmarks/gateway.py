@@ -1,0 +1,153 @@
+"""
+``python -m benchmarks.gateway``: the gateway beside Triton asked directly, the bare model, and an empty server.
+
+Prints tables and writes them, and two pictures, to ``benchmarks/results/``; docs/benchmarks.md says how to read them.
+"""
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import alone, empty, h2load, overloaded, report, serving, throughput
+from benchmarks.bench import Bench, Report, Section
+from benchmarks.contest import Pace
+from benchmarks.h2load import H2loadError
+from benchmarks.overload import OverloadError
+from benchmarks.turn import TurnError
+from benchmarks.versions import NoVersionError, Version, newest, version_at
+from gateway.client import ClientError
+from serving.errors import ServingError
+from sluice.supervisor import ServiceError
+
+FULL = Pace(rounds=5, warm_seconds=1.0, seconds=3.0)
+QUICK = Pace(rounds=1, warm_seconds=0.1, seconds=0.3)
+SUITES = ("unary", "batches", "alone", "callers", "overload")
+
+_PACKAGES = ("grpcio", "protobuf", "torch", "tritonclient")
+_ERRORS = (H2loadError, OverloadError, TurnError, NoVersionError, ClientError, ServingError, ServiceError)
+
+
+async def measure(
+    suites: Sequence[str], version: Version, pace: Pace, *, pictures: Path | None, say: Report
+) -> list[Section]:
+    """
+    Run these suites on a Triton and a gateway of their own.
+
+    Args:
+        suites: Some of :data:`SUITES`.
+        version: The model.
+        pace: Of the turns.
+        pictures: Folder for them; None draws none.
+        say: Told how it goes.
+
+    Raises:
+        H2loadError: h2load is missing or failed; and each of the parts has an error of its own.
+    """
+    h2load.require()
+    images_NHW, _ = serving.images()
+    with TemporaryDirectory(prefix="sluice-gateway-") as folder:
+        async with serving.triton_with(version, Path(folder), say) as served:
+            # Before there is a gateway: its probes would be in it.
+            trials = await throughput.ways(served, images_NHW[0], pace, say) if {"unary", "alone"} & {*suites} else None
+            async with serving.gateway_before(served, say) as front:
+                with empty.empty_server() as nothing:
+                    bench = Bench(
+                        served=served, front=front, nothing=nothing, images_NHW=images_NHW, pace=pace, report=say
+                    )
+                    return [await _section(suite, bench, trials, pictures) for suite in suites]
+
+
+async def _section(suite: str, bench: Bench, trials: throughput.Trials | None, pictures: Path | None) -> Section:
+    bench.report(f"{suite}:")
+    match suite:
+        case "batches":
+            return await throughput.batches(bench)
+        case "callers":
+            return await throughput.callers_curve(bench, pictures)
+        case "overload":
+            return await overloaded.overloaded(bench, pictures)
+    assert trials is not None
+    if suite == "alone":
+        return await alone.lone_caller(bench, trials.best)
+    return await throughput.unary(bench, trials)
+
+
+def _text(sections: Sequence[Section], version: Version, pace: Pace, command: str) -> str:
+    turns = [turn for section in sections for turn in section.turns]
+    failed = sum(section.failed for section in sections)
+    settings = ", ".join(f"`{name}={value}`" for name, value in serving.SETTINGS.items())
+    return "\n".join(
+        [
+            "# The gateway, measured",
+            "",
+            report.surroundings(command, _PACKAGES),
+            f"Model: {version.precision}. Images: {serving.images()[1]}. Contenders take turns in one run, "
+            f"{pace.rounds} each, of {pace.seconds:g} s after {pace.warm_seconds:g} s to warm up; factors are "
+            f"taken round by round. Load by h2load, which sends the same body again and again, so the gateway "
+            f"runs with {settings}. All share the cores. "
+            f"{'Every call was answered' if not failed else f'{failed:,} calls had no answer'} where none was to be "
+            f"refused. Everything else on the machine took {report.others_share(turns):.1%} of these cores meanwhile.",
+            "",
+            *(line for section in sections for line in section.lines),
+        ]
+    )
+
+
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
+    parser.add_argument("--only", default=",".join(SUITES), help="some of %(default)s")
+    parser.add_argument("--model", type=Path, help="folder of a version; default: the newest in the model repository")
+    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {FULL.rounds})")
+    parser.add_argument("--seconds", type=float, help=f"length of a turn (default: {FULL.seconds:g})")
+    parser.add_argument("--cores", type=int, default=2, help="everything runs on so many (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing")
+    parser.add_argument("--output", type=Path, help="where to write; default: results/gateway.md for a whole run")
+    given = parser.parse_args(words)
+    wanted = given.only.split(",")
+    if unknown := [name for name in wanted if name not in SUITES]:
+        parser.error(f"--only: {', '.join(unknown)}; allowed are {', '.join(SUITES)}")
+    given.only = [name for name in SUITES if name in wanted]
+    return given
+
+
+def main(words: Sequence[str]) -> None:
+    """Measure what the command line says."""
+    given = _arguments(words)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
+    usual = QUICK if given.quick else FULL
+    pace = Pace(
+        rounds=given.rounds or usual.rounds, warm_seconds=usual.warm_seconds, seconds=given.seconds or usual.seconds
+    )
+    is_whole = not given.quick and len(given.only) == len(SUITES)
+    output = given.output or (report.RESULTS / "gateway.md" if is_whole else None)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        version = version_at(given.model) if given.model else newest()
+        measuring = measure(
+            given.only,
+            version,
+            pace,
+            pictures=output.parent if output else None,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        sections = asyncio.run(measuring)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except _ERRORS as error:
+        raise SystemExit(str(error)) from error
+    # The folder is the reader's business alone.
+    words = [word for word in words if word != "--model" and (given.model is None or word != str(given.model))]
+    text = _text(sections, version, pace, " ".join(["python -m benchmarks.gateway", *words]))
+    print(text)
+    if output is not None:
+        output.write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

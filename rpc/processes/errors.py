@@ -1,0 +1,2 @@
+class WorkerError(Exception):
+    """The processes that serve together do not start."""
