@@ -8,9 +8,10 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks import frames, grid, report
+from benchmarks import frames, report
 from benchmarks.bench import DIRECT, RAW, Bench, Section, figures, met
 from benchmarks.interleaved import Spread
+from benchmarks.versions import MODEL
 
 CALLS = 500
 """To each, in a round."""
@@ -61,26 +62,24 @@ async def measure(*, triton: str, infer: bytes, gateway: str, classify: bytes, c
                     started = time.perf_counter()
                     await method(request)
                     seconds[place].append(time.perf_counter() - started)
-    direct, added = (float(np.median(each[_ROW:])) for each in seconds)
-    return Latency(direct=direct, gateway=added)
+    direct, classified = (float(np.median(each[_ROW:])) for each in seconds)
+    return Latency(direct=direct, gateway=classified)
 
 
-async def lone_caller(bench: Bench, best: grid.Way) -> Section:
-    """Compare the latency of one caller without company."""
+async def lone_caller(bench: Bench) -> Section:
+    """Compare the latency of one caller without company, of the very model that the gateway asks."""
     image_HW = bench.images_NHW[0]
     seen: list[Latency] = []
-    calls = CALLS
-    async with grid.loaded(bench.served, best) as model:
-        for number in range(1, bench.pace.rounds + 1):
-            latency = await measure(
-                triton=bench.served.address,
-                infer=frames.model_infer(image_HW, model=model),
-                gateway=bench.front.address,
-                classify=frames.classify(image_HW, is_png=False),
-                calls=calls,
-            )
-            seen.append(latency)
-            bench.report(f"round {number}: one caller: {latency.added * 1000:.2f} ms added")
+    for number in range(1, bench.pace.rounds + 1):
+        latency = await measure(
+            triton=bench.served.address,
+            infer=frames.model_infer(image_HW, model=MODEL),
+            gateway=bench.front.address,
+            classify=frames.classify(image_HW, is_png=False),
+            calls=CALLS,
+        )
+        seen.append(latency)
+        bench.report(f"round {number}: one caller: {latency.added * 1000:.2f} ms added")
     added = Spread.of([each.added * 1000 for each in seen])
     rows = [
         [DIRECT, *figures([each.direct * 1000 for each in seen], 2), ""],
@@ -91,7 +90,8 @@ async def lone_caller(bench: Bench, best: grid.Way) -> Section:
         [
             "## One caller",
             "",
-            f"A Python client (grpc.aio) asks both in turns, {calls:,} times each a round; its medians, in ms:",
+            f"A Python client (grpc.aio) asks both in turns, of the same model instance, {CALLS:,} times each a "
+            "round; its medians, in ms:",
             "",
             report.table(("", "median of rounds", "lowest", "highest", "asked"), rows),
             "",

@@ -19,6 +19,7 @@ from benchmarks.h2load import H2loadError
 from benchmarks.overload import OverloadError
 from benchmarks.turn import TurnError
 from benchmarks.versions import NoVersionError, Version, newest, version_at
+from benchmarks.window import Turn
 from gateway.client import ClientError
 from serving.errors import ServingError
 from sluice.supervisor import ServiceError
@@ -52,7 +53,7 @@ async def measure(
     with TemporaryDirectory(prefix="sluice-gateway-") as folder:
         async with serving.triton_with(version, Path(folder), say) as served:
             # Before there is a gateway: its probes would be in it.
-            trials = await throughput.ways(served, images_NHW[0], pace, say) if {"unary", "alone"} & {*suites} else None
+            trials = await throughput.ways(served, images_NHW[0], pace, say) if "unary" in suites else None
             async with serving.gateway_before(served, say) as front:
                 with empty.empty_server() as nothing:
                     bench = Bench(
@@ -70,9 +71,9 @@ async def _section(suite: str, bench: Bench, trials: throughput.Trials | None, p
             return await throughput.callers_curve(bench, pictures)
         case "overload":
             return await overloaded.overloaded(bench, pictures)
+        case "alone":
+            return await alone.lone_caller(bench)
     assert trials is not None
-    if suite == "alone":
-        return await alone.lone_caller(bench, trials.best)
     return await throughput.unary(bench, trials)
 
 
@@ -90,11 +91,17 @@ def _text(sections: Sequence[Section], version: Version, pace: Pace, command: st
             f"taken round by round. Load by h2load, which sends the same body again and again, so the gateway "
             f"runs with {settings}. All share the cores. "
             f"{'Every call was answered' if not failed else f'{failed:,} calls had no answer'} where none was to be "
-            f"refused. Everything else on the machine took {report.others_share(turns):.1%} of these cores meanwhile.",
+            f"refused.{_others(turns)}",
             "",
             *(line for section in sections for line in section.lines),
         ]
     )
+
+
+def _others(turns: Sequence[Turn]) -> str:
+    if not turns:
+        return ""
+    return f" Everything else on the machine took {report.others_share(turns):.1%} of these cores meanwhile."
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:

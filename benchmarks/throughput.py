@@ -96,7 +96,9 @@ async def unary(bench: Bench, trials: Trials) -> Section:
     outcome = trials.outcome
     outcome.turns |= turns
     asked = [Comparison(ours=RAW, theirs=DIRECT, asked=0.95), Comparison(ours=PNG, theirs=DIRECT, asked=0.85)]
-    costs = {name: [turn.server_cpu_seconds / turn.items * 1e6 for turn in turns[name]] for name in (RAW, PNG, EMPTY)}
+    costs = {
+        name: [turn.server_cpu_seconds / max(turn.items, 1) * 1e6 for turn in turns[name]] for name in (RAW, PNG, EMPTY)
+    }
     return Section(
         [
             f"## One image a call, {CONNECTIONS * STREAMS} calls in flight",

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 Measured = Callable[..., Row]
 PATIENCE_SECONDS = 60.0
+NUM_KILLS = 10
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -145,14 +146,14 @@ async def test_stuck_stream_is_ended_at_the_grace(
     assert 0.5 < ended < 20
 
 
-@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
 async def test_killed_gateway_is_found_again(
-    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured, num_kills: int
+    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
 ) -> None:
     """L4: SIGKILL and another start, again and again."""
     row = measured(
-        "L4" if num_kills == 3 else "L4b",
-        fault=f"SIGKILL under load and a start on the same port, {num_kills} times; one more beside it",
+        "L4",
+        fault=f"SIGKILL under load and a start on the same port, {NUM_KILLS} times; one more beside it",
         promised="callers answered within 3 s of the start; the one beside it exits with one plain line",
     )
     port = free_port()
@@ -160,7 +161,7 @@ async def test_killed_gateway_is_found_again(
     gateway = gateway_of(slow_triton.address, "--port", str(port))
     await gateway.start()
     async with Callers(gateway.address, 8, deadline_seconds=5) as callers:
-        for _ in range(num_kills):
+        for _ in range(NUM_KILLS):
             await callers.answered(20)
             gateway.close()
             gateway = gateway_of(slow_triton.address, "--port", str(port))

@@ -264,6 +264,7 @@ async def test_half_open_link_is_noticed(gateway_of: Callable[..., Gateway], mea
     assert callers.num_wrong == 0
 
 
+@pytest.mark.slow
 async def test_bad_replica_is_left_out_and_taken_back(gateway_of: Callable[..., Gateway], measured: Measured) -> None:
     """U6: one of two Tritons answers INTERNAL."""
     row = measured(
@@ -454,7 +455,7 @@ async def test_full_queue_is_passed_on_as_overload(
     """U9: Triton's own queue is full."""
     row = measured(
         "U9",
-        fault='Triton answers UNAVAILABLE "Exceeds maximum queue size" for 2 s',
+        fault='Triton answers UNAVAILABLE "Exceeds maximum queue size" for 1 s',
         promised="RESOURCE_EXHAUSTED with a pushback, not tried again by itself; still SERVING",
     )
     await gateway.check()
@@ -465,7 +466,7 @@ async def test_full_queue_is_passed_on_as_overload(
         full = time.monotonic()
         error, seconds = await refusal(stub.Classify(request_of(pixels), timeout=PATIENCE_SECONDS))
         num_tried = sum((image == pixels).all() for images in triton.received for image in images)
-        await asyncio.sleep(2)  # of probes that find it full
+        await asyncio.sleep(1)  # of probes that find it full
         triton.failure = None
         not_serving = health.seconds(NOT_SERVING, full, time.monotonic())
     await gateway.check()
