@@ -134,9 +134,9 @@ class _Image:
         self.asks: list[tuple[Ask, int]] = []
         self.is_sent = False
 
-    def is_wanted(self, now: float) -> bool:
-        """Tell whether anybody is left who can still use an answer."""
-        return any(not ask.future.done() and (ask.deadline is None or ask.deadline > now) for ask, _ in self.asks)
+    def is_wanted(self, when: float) -> bool:
+        """Tell whether anybody is left who can use an answer at that time."""
+        return any(not ask.future.done() and (ask.deadline is None or ask.deadline > when) for ask, _ in self.asks)
 
     def settle(self, answer: Rows | GatewayError) -> None:
         for ask, index in self.asks:
@@ -343,10 +343,14 @@ class Lane:
 
     def _take(self) -> list[_Image]:
         batch = list[_Image]()
-        now = self._loop.time()
+        answered_at = self._loop.time()
+        if self._batches:
+            # An answer that comes too late costs as much as one in time. Beside nothing all are tried, or a model that
+            # was slow once would never show that it is no more.
+            answered_at += self._pace.seconds(min(len(self._waiting), self._max_batch_size))
         while len(self._waiting) and len(batch) < self._max_batch_size:
             image = self._waiting.pop()
-            if image.is_wanted(now):
+            if image.is_wanted(answered_at):
                 batch.append(image)
             else:
                 self._drop(image)
@@ -466,7 +470,7 @@ class Lane:
 
     def _drop(self, image: _Image) -> None:
         self.num_dropped += 1
-        self._close(image, UpstreamTimeoutError("the deadline passed before the inference began"))
+        self._close(image, UpstreamTimeoutError("no time was left for the inference"))
 
     def _close(self, image: _Image, answer: Rows | GatewayError) -> None:
         self._forget(image)

@@ -167,7 +167,7 @@ async def test_image_whose_callers_have_gone_never_reaches_the_model() -> None:
     await settled()
 
     assert line.model.sizes == [1]
-    assert told(late) == ["the deadline passed before the inference began"]
+    assert told(late) == ["no time was left for the inference"]
     assert line.lane.num_dropped == 2
 
 
@@ -204,6 +204,27 @@ async def test_batch_that_nobody_waits_for_goes_on_where_triton_might_crash() ->
     line.model.answer()
     await settled()
     assert (line.lane.num_in_flight, line.room.num_taken) == (0, 0)
+
+
+async def test_image_that_could_not_be_answered_in_time_is_not_sent_behind_another() -> None:
+    line = Line()
+    loop = asyncio.get_running_loop()
+    for number in range(50):
+        line.ask(bytes([number]))
+        await asyncio.sleep(0.004)  # what the model takes
+        line.model.answer()
+        await settled()
+    line.ask(b"\xf0")
+    await settled()
+    hasty = line.ask(b"\xf1", deadline=loop.time() + 0.001)
+    patient = line.ask(b"\xf2", deadline=loop.time() + 60)
+    await settled()
+    while line.model.batches:
+        line.model.answer()
+        await settled()
+
+    assert told(hasty) == ["no time was left for the inference"]
+    assert told(patient) == [2 * 0xF2]
 
 
 async def test_poisoned_image_fails_alone() -> None:

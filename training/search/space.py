@@ -139,7 +139,7 @@ def default_space(optimizer: Literal["adamw", "sgd"] = "sgd") -> Space:
     """
     Return what is worth trying for any images, the learning rate first of all.
 
-    The augmentations go from none to strong. The last one mirrors, which is right for clothes and wrong for characters:
+    The augmentations go from none to strong. Two of them mirror, which is right for clothes and wrong for characters:
     what the validation images say decides.
 
     Args:
@@ -158,6 +158,7 @@ def default_space(optimizer: Literal["adamw", "sgd"] = "sgd") -> Space:
             "augmentation": Choices(
                 choices=(
                     "",
+                    "mirror",
                     "augment-v1(rotate=5,shift=1,scale=5,shear=3)",
                     mnist().augmentation,
                     "augment-v1(rotate=15,scale=15,shear=10,elastic=2,cutout=8)",
