@@ -9,7 +9,7 @@ COPY pyproject.toml requirements/lock.txt ./
 RUN python3 -m venv /opt/venv \
     && pip install --constraint lock.txt setuptools \
     && touch README.md LICENSE \
-    && pip install --constraint lock.txt --no-build-isolation '.[gateway]' \
+    && pip install --constraint lock.txt --no-build-isolation '.[gateway,uvloop]' \
     && pip uninstall --yes sluice
 
 FROM dependencies AS application

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -55,6 +56,16 @@ _SPARE_RPCS = MAX_WATCHERS + MAX_UNASKED + 128
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
 _LEFT_CALLS_SECONDS = 2.0
 _NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Upstream:
+    """The way to Triton, and what is known of it."""
+
+    fleet: Fleet
+    lanes: Lanes
+    catalog: Catalog
+    probe: Probe
 
 
 class GatewayServer:
@@ -121,7 +132,21 @@ class GatewayServer:
 
         # Closed in the opposite order: calls end, then the probe, then what runs at Triton, then its channel; the
         # metrics go last, so that a drain can be watched.
-        tracer = self._tracer
+        upstream = self._reach_triton(stack)
+        self._offer(server, upstream, stack)
+        lag = LagWatch(self.metrics.observe_lag)
+        stack.callback(lag.stop)
+        stack.push_async_callback(server.stop, settings.drain_seconds)
+        upstream.probe.start()
+        if self._is_worker:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.probe_timeout_seconds):
+                    await self._health.serving()
+            self._bind()
+        await server.start()
+
+    def _reach_triton(self, stack: AsyncExitStack) -> "_Upstream":
+        settings, tracer = self._settings, self._tracer
         fleet = Fleet(
             settings.triton_addresses(),
             control_timeout_seconds=settings.probe_timeout_seconds,
@@ -141,8 +166,6 @@ class GatewayServer:
             on_batch=self.metrics.observe_batch,
         )
         stack.push_async_callback(lanes.drained, left_seconds)
-        decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
         catalog = Catalog(fleet, repository=settings.model_repository, default_model=settings.default_model)
         self.metrics.watch(lanes, fleet, cache, catalog)
         probe = Probe(
@@ -155,15 +178,22 @@ class GatewayServer:
             on_failure=lanes.fail_waiting,
         )
         stack.push_async_callback(probe.stop)
+        return _Upstream(fleet, lanes, catalog, probe)
+
+    def _offer(self, server: grpc.aio.Server, upstream: "_Upstream", stack: AsyncExitStack) -> None:
+        """Add every service to the server."""
+        settings, probe = self._settings, upstream.probe
+        decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
 
         def on_upstream_error() -> None:
             self.metrics.count_upstream_error()
             probe.hasten()
 
         servicer = ImageServicer(
-            catalog=catalog,
+            catalog=upstream.catalog,
             admission=self._admission,
-            lanes=lanes,
+            lanes=upstream.lanes,
             require=probe.require,
             decoders=decoders,
             limits=Limits(settings.max_image_bytes, settings.max_pixels),
@@ -173,12 +203,12 @@ class GatewayServer:
             on_answer=self.metrics.count_answer,
         )
         passing = PassthroughServicer(
-            upstream=fleet,
+            upstream=upstream.fleet,
             admission=self._admission,
             identity=identity,
             require=probe.require,
-            route=catalog.routed,
-            refresh=catalog.refresh,
+            route=upstream.catalog.routed,
+            refresh=upstream.catalog.refresh,
             is_ready=lambda: self._health.is_serving,
             is_model_ready=probe.is_serving,
             upstream_timeout_seconds=settings.upstream_timeout_seconds,
@@ -191,17 +221,6 @@ class GatewayServer:
         reflection.enable_server_reflection(
             (SERVICE, passthrough.SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
         )
-
-        lag = LagWatch(self.metrics.observe_lag)
-        stack.callback(lag.stop)
-        stack.push_async_callback(server.stop, settings.drain_seconds)
-        probe.start()
-        if self._is_worker:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(settings.probe_timeout_seconds):
-                    await self._health.serving()
-            self._bind()
-        await server.start()
 
     def _listen(self, stack: AsyncExitStack) -> grpc.aio.Server:
         settings = self._settings
