@@ -75,7 +75,7 @@ async def test_refused_call_leaves_nothing_for_the_garbage_collector(channel: gr
             await classify(request)
         await asyncio.sleep(0)  # the server's task ends
         # By type alone: asking others what they are makes some of them warn.
-    assert not [one for one in gc.get_objects() if type(one) is pb.ClassifyRequest]
+        assert not [one for one in gc.get_objects() if type(one) is pb.ClassifyRequest]
     finally:
         gc.enable()
 
