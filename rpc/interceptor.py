@@ -276,8 +276,9 @@ async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
         raise _MalformedError(str(error)) from None
 
 
-async def _first_parsed(unasked: _Unasked, parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> Any:
-    data = await unasked.next(aiter(stream))
+async def _first_parsed(unasked: _Unasked, parse: Parse, _: AsyncIterator[bytes], call: _Call) -> Any:
+    # Read by hand: an iterator that is left after its first message would be closed by a task of its own.
+    data = await unasked.wait(call.read())
     if data is None:
         raise _MalformedError
     return await _parsed(parse, data, call)
@@ -288,7 +289,7 @@ async def _each_parsed(
 ) -> AsyncIterator[Any]:
     requests = aiter(stream)
     if unasked is not None:
-        while (data := await unasked.next(requests)) is not None:
+        while (data := await unasked.wait(anext(requests, None))) is not None:
             yield await _parsed(parse, data, call)
             if not is_answering:
                 break
@@ -310,7 +311,7 @@ class _SilentError(Exception):
 
 class _Unasked:
     """
-    Calls whose request has not come, in the order in which they began to wait for it.
+    Calls whose request has not come, in the order in which they began to wait for it; one timer for all of them.
 
     Args:
         seconds: How long each may wait.
@@ -318,36 +319,76 @@ class _Unasked:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        # Each with the time that it has in any case.
-        self._waiting: dict[asyncio.Timeout, float] = {}
+        self._waits: dict[_Wait, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
-    async def next(self, requests: AsyncIterator[bytes]) -> bytes | None:
+    async def wait(self, message: Awaitable[bytes | None]) -> bytes | None:
         """
-        Return the next message, None after the last.
+        Return the message, None where there is none any more.
 
         Raises:
             _SilentError: It did not come in time.
         """
+        wait = self._begin()
         try:
-            async with asyncio.timeout(self._seconds) as patience:
-                self._begin(patience)
-                try:
-                    return await anext(requests, None)
-                finally:
-                    self._waiting.pop(patience, None)
-        except TimeoutError:
+            return await message
+        except asyncio.CancelledError:
+            if not wait.take_back():
+                raise
             raise _SilentError(
                 f"no request came within {self._seconds:g} s, or less where many calls wait for theirs"
             ) from None
+        finally:
+            wait.is_over = True
+            self._waits.pop(wait, None)
 
-    def _begin(self, patience: asyncio.Timeout) -> None:
-        now = asyncio.get_running_loop().time()
-        self._waiting[patience] = now + _HASTE_SECONDS
-        if len(self._waiting) > MAX_UNASKED:
-            oldest = next(iter(self._waiting))
-            until = self._waiting.pop(oldest)
-            if not oldest.expired():
-                oldest.reschedule(max(now, until))
+    def _begin(self) -> _Wait:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        wait = _Wait(now, now + self._seconds)
+        self._waits[wait] = None
+        if self._timer is None:
+            self._timer = loop.call_at(wait.ends, self._look)
+        if len(self._waits) > MAX_UNASKED:
+            oldest = next(iter(self._waits))
+            del self._waits[oldest]
+            loop.call_at(max(now, oldest.began + _HASTE_SECONDS), oldest.run_out)
+        return wait
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for wait in list(self._waits):
+            if wait.ends > loop.time():
+                self._timer = loop.call_at(wait.ends, self._look)
+                break
+            del self._waits[wait]
+            wait.run_out()
+
+
+class _Wait:
+    """One task's wait for a request."""
+
+    __slots__ = ("_ran_out", "_task", "began", "ends", "is_over")
+
+    def __init__(self, began: float, ends: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._ran_out = False
+        self.began = began
+        self.ends = ends
+        self.is_over = False
+
+    def run_out(self) -> None:
+        """Cancel the wait, unless it has ended."""
+        if not self.is_over:
+            self._ran_out = True
+            self._task.cancel()
+
+    def take_back(self) -> bool:
+        """Tell whether the cancellation that has arrived is this one's; asyncio is then told that it is done with."""
+        return self._ran_out and self._task.uncancel() == 0
 
 
 class _Call:
@@ -375,6 +416,11 @@ class _Call:
         self._span = self._tracer.begin(method, context.invocation_metadata()) if self._tracer else None
         if metrics is not None:
             metrics.begin()
+
+    async def read(self) -> bytes | None:
+        """Return the request, None where none comes."""
+        data = await self._context.read()
+        return data if isinstance(data, bytes) else None
 
     def receive(self, data: bytes) -> None:
         if self._metrics is not None:
