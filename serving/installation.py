@@ -29,7 +29,7 @@ VERSION = "2.51.0"
 WHEEL = "nvidia-pytriton==0.7.0"
 WHEEL_SHA256 = "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df"
 
-BACKEND = Path(__file__).parent / "backends" / "pytorch" / "model.py"
+BACKEND = Path(__file__).parent / "backends" / "pytorch"
 """Our backend's source; every start serves with what stands there."""
 
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -228,16 +228,18 @@ def _put_in_place(server: Path, folder: Path) -> None:
 
 def _place_backend(folder: Path) -> Path:
     """Lay our backend beside Triton's; a folder for each content, so that two checkouts never share one."""
-    source = BACKEND.read_bytes()
-    backends = folder / "backends" / hashlib.sha256(source).hexdigest()[:16]
-    if (backends / "pytorch" / "model.py").is_file():
+    sources = {file.name: file.read_bytes() for file in sorted(BACKEND.glob("*.py")) if file.name != "__init__.py"}
+    content = hashlib.sha256(repr(sorted(sources.items())).encode())
+    backends = folder / "backends" / content.hexdigest()[:16]
+    if all((backends / "pytorch" / name).is_file() for name in sources):
         return backends
     backends.parent.mkdir(exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=backends.parent))
     try:
         # Links would not do: Triton refuses a backend whose library lies outside the backend directory.
         shutil.copytree(folder / "python", staging / "new" / "python")
-        _write(staging / "new" / "pytorch" / "model.py", source)
+        for name, source in sources.items():
+            _write(staging / "new" / "pytorch" / name, source)
         try:
             (staging / "new").rename(backends)
         except OSError:

@@ -1,1 +1,1 @@
-"""What the embedded Triton runs models with; read by Triton, not imported by Sluice."""
+"""What the embedded Triton runs models with; read by Triton from a copy."""

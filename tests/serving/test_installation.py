@@ -194,12 +194,14 @@ async def test_backend_follows_its_source(
     pip: FakePip, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await install(cache, ignore)
-    (tmp_path / "model.py").write_text("changed = True\n")
-    monkeypatch.setattr(installation, "BACKEND", tmp_path / "model.py")
+    for name in ("model.py", "preparation.py"):
+        (tmp_path / name).write_text("changed = True\n")
+    monkeypatch.setattr(installation, "BACKEND", tmp_path)
 
     after = await install(cache, ignore)
 
-    assert (after.backends / "pytorch" / "model.py").read_text() == "changed = True\n"
+    for name in ("model.py", "preparation.py"):
+        assert (after.backends / "pytorch" / name).read_text() == "changed = True\n"
     assert (after.backends / STUB).is_file()
     assert before.backends.is_dir(), "a server that runs with the old one keeps it"
     assert pip.calls == 1

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serving.backends.pytorch.preparation import prepared
 from training.devices import device_of_choice
 from training.errors import ExportError
 from training.model import Network, ServedNetwork
@@ -34,7 +35,6 @@ ACCURACY_GATE = 0.0002
 """Largest change of accuracy that a lower precision may bring, as a share: 0.02 points."""
 
 _BATCH_SIZE = 64
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +113,7 @@ def save(served: torch.nn.Module, path: Path) -> None:
 
 def load_served(path: Path, device: torch.device) -> Served:
     """
-    Return a ``model.pt`` as Triton's backend runs it: on ``device``, frozen, float32 on the CPU packed for oneDNN.
+    Return a ``model.pt`` as Triton's backend runs it: on ``device``, frozen, on the CPU packed for oneDNN.
 
     Raises:
         ExportError: It is no TorchScript.
@@ -123,18 +123,8 @@ def load_served(path: Path, device: torch.device) -> Served:
             module = torch.jit.load(str(path), map_location=device)  # type: ignore[no-untyped-call]  # so in torch
         except (RuntimeError, ValueError) as error:
             raise ExportError(f"{path}: no TorchScript: {str(error).strip().splitlines()[-1]}") from error
-        # What was frozen before it was saved has lost this attribute.
-        if hasattr(module, "training"):
-            module = torch.jit.freeze(module.eval())
-        if device.type == "cpu" and not any(weight.dtype in _HALVES for weight in _weights(module)):
-            module = torch.jit.optimize_for_inference(module)
-    served: Served = module
+        served: Served = prepared(module, device)
     return served
-
-
-def _weights(frozen: Any) -> list[torch.Tensor]:
-    nodes = [node for node in frozen.graph.nodes() if node.kind() == "prim::Constant" and node.hasAttribute("value")]
-    return [node.t("value") for node in nodes if node.kindOf("value") == "t"]
 
 
 def answers(served: Served, images: npt.NDArray[np.uint8], device: torch.device) -> tuple[Floats, Floats]:

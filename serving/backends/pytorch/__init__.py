@@ -1,1 +1,1 @@
-"""TorchScript for the embedded Triton; Triton reads ``model.py`` from a copy of it."""
+"""TorchScript for the embedded Triton; Triton has a copy of this folder and reads ``model.py`` there."""

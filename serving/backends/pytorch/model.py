@@ -2,7 +2,7 @@
 TorchScript in the embedded Triton, under the naming rules of libtorch's backend in NVIDIA's image.
 
 Triton reads this file from a copy beside its Python backend, in an interpreter of its own, one for each model
-instance: it imports nothing of ours.
+instance: of ours it imports what lies in the same folder, and nothing else.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton_python_backend_utils as pb_utils
+from preparation import prepared  # type: ignore[import-not-found]  # a folder in Triton's path, no package
 
 # What libtorch's backend can hold; it also takes List[str], which an image model has no use for.
 DTYPES = {
@@ -28,9 +29,6 @@ DTYPES = {
     "TYPE_FP32": torch.float32,
     "TYPE_FP64": torch.float64,
 }
-
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class ContractError(ValueError):
@@ -221,7 +219,7 @@ class TritonPythonModel:
             self._inputs = list(inputs) if arguments is None else argument_order(arguments, list(inputs))
             positions = result_positions(list(self._dtypes), num_results(module.forward.schema))
             self._positions = dict(zip(self._dtypes, positions, strict=True))
-            self._module = _prepared(module, self._device)
+            self._module = prepared(module, self._device)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer all requests from one forward pass; a pass that fails gives each of them an error to answer."""
@@ -306,22 +304,6 @@ def _device(kind: str, index: str) -> torch.device:
     if kind == "GPU":
         pb_utils.Logger.log_warn("the instance is meant for a GPU, and this torch sees none: it runs on the CPU")
     return torch.device("cpu")
-
-
-def _prepared(module: Any, device: torch.device) -> Any:
-    # What was frozen before it was saved has lost this attribute.
-    if hasattr(module, "training"):
-        module = torch.jit.freeze(module.eval())
-    if device.type == "cpu" and not any(weight.dtype in HALVES for weight in _weights(module)):
-        # Packs weights for oneDNN: half again as many images a second in a batch of 64. Halves are fast as they are,
-        # and a lone image would take half again as long, as it parts a linear layer in two.
-        module = torch.jit.optimize_for_inference(module)
-    return module
-
-
-def _weights(frozen: Any) -> list[torch.Tensor]:
-    nodes = [node for node in frozen.graph.nodes() if node.kind() == "prim::Constant" and node.hasAttribute("value")]
-    return [node.t("value") for node in nodes if node.kindOf("value") == "t"]
 
 
 def _limit_threads(config: dict[str, Any]) -> None:

@@ -80,14 +80,16 @@ class BackendUtilities(ModuleType):
 @pytest.fixture(scope="module")
 def backend() -> Any:
     sys.modules["triton_python_backend_utils"] = BackendUtilities("triton_python_backend_utils")
+    sys.path.insert(0, str(BACKEND))
     try:
-        spec = importlib.util.spec_from_file_location("served_model", BACKEND)
+        spec = importlib.util.spec_from_file_location("served_model", BACKEND / "model.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     finally:
+        sys.path.remove(str(BACKEND))
         del sys.modules["triton_python_backend_utils"]
 
 
