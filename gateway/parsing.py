@@ -16,6 +16,8 @@ from rpc.interceptor import UnfitError
 _HARMLESS_BYTES = 64 * 1024
 # Fields of a batch that are no images: model, version, top_k, and what later versions add.
 _OTHER_FIELDS = 64
+# Of 64 bits, 7 to a byte.
+_MAX_VARINT_BYTES = 10
 
 
 def batch_parser(max_images: int) -> Callable[[bytes], Any]:
@@ -55,12 +57,10 @@ def num_fields(data: bytes, limit: int) -> int:
 
 
 def _varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while position < len(data):
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
+    """Return a number and where it ends; what is longer than any number is damage, which protobuf will tell."""
+    value = 0
+    for index, byte in enumerate(data[position : position + _MAX_VARINT_BYTES]):
+        value |= (byte & 0x7F) << 7 * index
         if byte < 0x80:
-            break
-        shift += 7
-    return value, position
+            return value, position + index + 1
+    return 0, len(data)

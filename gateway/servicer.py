@@ -36,6 +36,7 @@ from gateway.similarity import PIXEL_METHODS, Method, cosine
 from gateway.triton import EMBEDDING, PROBABILITIES, Output
 from imaging.decoding import Pixels
 from imaging.framing import Framing, Manner, Polarity
+from imaging.structure import may_inflate
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 from rpc import budget
@@ -354,7 +355,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
     async def _read_where_it_pays(self, image: pb.Image, card: Card) -> Pixels:
         manner = _manner(image, card)
-        if image.ByteSize() > _INLINE_BYTES:
+        if image.ByteSize() > _INLINE_BYTES or may_inflate(image.encoded):
             # Even a header may hide a long walk.
             return await self._in_thread(lambda: self._open(image).frame(manner))
         picture = self._open(image)
@@ -376,7 +377,9 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             manner = _manner(image, card)
             return self._open(image).frame(manner)
         except InvalidImageError as error:
-            return error
+            # Without its traceback, whose frames would keep the image in a circle until the garbage collector comes.
+            error.__cause__ = error.__context__ = None
+            return error.with_traceback(None)
 
     def _open(self, image: pb.Image) -> Picture:
         match image.WhichOneof("source"):
@@ -468,8 +471,15 @@ def _num_top(request: pb.ClassifyRequest | pb.ClassifyBatchRequest, model: Serve
 
 def _top(row: Rows, num_top: int, model: ServedVersion) -> list[pb.Prediction]:
     """Return the most probable classes, best first; of equals the lower index first."""
-    chosen = [int(row.argmax())] if num_top == 1 else np.argsort(-row, kind="stable")[:num_top].tolist()
-    return [pb.Prediction(label=label, name=model.class_names[label], probability=row[label]) for label in chosen]
+    # Plain numbers: for ten classes they take a fifth of the time, and protobuf looks twice at NumPy's.
+    probabilities = row.tolist()
+    if num_top == 1:
+        chosen = [probabilities.index(max(probabilities))]
+    else:
+        chosen = np.argsort(-row, kind="stable")[:num_top].tolist()
+    return [
+        pb.Prediction(label=label, name=model.class_names[label], probability=probabilities[label]) for label in chosen
+    ]
 
 
 def _alike(first: Pixels, second: Pixels, rows: Sequence[Rows | GatewayError]) -> float:

@@ -32,6 +32,10 @@ _TIFF_BYTES = frozenset({1, 2, 6, 7})
 _TIFF_PLACES = frozenset({273, 279, 324, 325})
 
 
+# Text and profiles of a PNG that are inflated when its header is read, a megabyte for each kilobyte.
+_INFLATED = (b"zTXt", b"iTXt", b"iCCP")
+
+
 class TooManyPartsError(ValueError):
     """A file of more parts than any program writes."""
 
@@ -52,6 +56,11 @@ def check_parts(data: bytes) -> None:
         if data.startswith(magic):
             check(data)
             return
+
+
+def may_inflate(data: bytes) -> bool:
+    """Tell whether reading the header of a file, without its pixels, may take far longer than its length suggests."""
+    return any(kind in data for kind in _INFLATED)
 
 
 def _check_png(data: bytes) -> None:

@@ -12,6 +12,7 @@ import hmac
 import os
 import re
 import secrets
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -201,10 +202,10 @@ def _digest(text: str) -> str:
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
-        stat = path.stat()
+        found = path.stat()
     except OSError:
         return None
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextmanager
@@ -218,13 +219,32 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
+def _take_after(path: Path, descriptor: int) -> None:
+    """Give a file the owner and mode of the one that it is to replace: whoever could read that reads on."""
+    try:
+        old = path.stat()
+    except FileNotFoundError:
+        return
+    new = os.fstat(descriptor)
+    if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+        try:
+            os.fchown(descriptor, old.st_uid, old.st_gid)
+        except OSError as error:
+            raise SettingsError(
+                f"{path} belongs to user {old.st_uid}, group {old.st_gid}, and would not any more: "
+                "run this as its owner or as root"
+            ) from error
+    os.fchmod(descriptor, stat.S_IMODE(old.st_mode))
+
+
 def _save(path: Path, keys: tuple[Key, ...]) -> None:
-    """Replace the file in one step; for its owner's eyes alone."""
+    """Replace the file in one step; one that was there keeps owner and mode, a new one is for its owner's eyes."""
     # Where it is a link, what it leads to is replaced, and the link stays.
     path = path.resolve()
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w") as file:
+            _take_after(path, file.fileno())
             file.write(_File(keys=keys).model_dump_json(indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())

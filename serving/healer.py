@@ -29,8 +29,17 @@ _LOOK_SECONDS = 10.0
 # Loading the same model again and again, for one that no loading helps.
 _RELOADS_BEFORE_RESTART = 2
 _LONGEST_RELOAD_PAUSE_SECONDS = 300.0
+# So often the pause doubles: in days of trying, the power would outgrow every float.
+_MAX_DOUBLINGS = 16
 # After so long it is another illness.
 _STEADY_SECONDS = 60.0
+
+
+def reload_pause(num_reloads: int, first_seconds: float) -> float:
+    """Return how long a model is left alone that was loaded so often in vain: each time twice as long, to 5 minutes."""
+    if not num_reloads:
+        return 0.0
+    return min(first_seconds * 2 ** min(num_reloads - 1, _MAX_DOUBLINGS), _LONGEST_RELOAD_PAUSE_SECONDS)
 
 
 @dataclass(slots=True)
@@ -182,8 +191,7 @@ class Healer:
 
     def _is_due(self, model: str) -> bool:
         course = self._courses.setdefault(model, _Course())
-        pause = self._reload_pause_seconds * 2 ** (course.num_reloads - 1) if course.num_reloads else 0.0
-        return self._loop.time() >= course.ended_at + min(pause, _LONGEST_RELOAD_PAUSE_SECONDS)
+        return self._loop.time() >= course.ended_at + reload_pause(course.num_reloads, self._reload_pause_seconds)
 
     def _require_hope(self, ill: dict[str, str]) -> None:
         if self._loop.time() < self._may_restart_at or not self._nothing_answers():

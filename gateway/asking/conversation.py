@@ -106,7 +106,7 @@ class Conversation:
 
     async def _talk(self) -> None:
         num_broken, pause = 0, _PAUSES[0]
-        while not self._is_done:
+        while await self._has_something_to_send():
             call = self._open_stream()
             sending = asyncio.create_task(self._send(call))
             try:
@@ -117,7 +117,8 @@ class Conversation:
                         self._answers[response.id] = response
                         self._tell()
             except grpc.aio.AioRpcError as error:
-                num_broken += 1
+                # A stream on which nothing was due is no failure: a gateway ends those that are silent for long.
+                num_broken += bool(self._asked)
                 if error.code() not in _PASSING or num_broken == _MAX_ATTEMPTS:
                     raise
             finally:
@@ -131,6 +132,13 @@ class Conversation:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _PAUSES[1])
                 self._unsent = deque(sorted(self._asked))
+
+    async def _has_something_to_send(self) -> bool:
+        """Wait until there is, or never will be; a gateway waits for the first image on a stream, but not long."""
+        while not self._unsent and not self._is_done:
+            self._something_to_send.clear()
+            await self._something_to_send.wait()
+        return not self._is_done
 
     @property
     def _is_done(self) -> bool:

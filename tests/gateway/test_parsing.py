@@ -30,6 +30,11 @@ def test_damaged_message_is_counted_without_end_or_error(data: bytes) -> None:
     assert num_fields(data, 1000) <= 200
 
 
+def test_number_without_end_takes_no_time() -> None:
+    # Quadratic in its length, it would take hours.
+    assert num_fields(b"\xff" * (32 << 20), 1000) == 1
+
+
 def test_batch_of_millions_is_refused_before_it_is_parsed() -> None:
     parse = batch_parser(1024)
     with pytest.raises(UnfitError, match=r"images: more than 1024; allowed are 1..1024"):

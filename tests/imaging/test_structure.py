@@ -15,6 +15,7 @@ from imaging.structure import (
     MAX_VALUES,
     TooManyPartsError,
     check_parts,
+    may_inflate,
 )
 from tests.digits import FORMATS, encoded
 from tests.faults.gateway.files import chunk, many_scans_jpeg, png
@@ -71,6 +72,12 @@ def test_large_files_of_programs_are_taken(kind: str) -> None:
 def test_progressive_jpeg_is_taken(mode: str) -> None:
     noise = Image.effect_noise((500, 400), 80).convert(mode)
     check_parts(encoded(noise, "JPEG", progressive=True, exif=b"Exif\0\0" + bytes(60_000)))
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "iCCP"])
+def test_png_that_inflates_before_its_pixels_is_told(kind: str) -> None:
+    assert may_inflate(png(before=chunk(kind.encode(), b"x")))
+    assert not may_inflate(png())
 
 
 def test_what_follows_the_end_does_not_count() -> None:

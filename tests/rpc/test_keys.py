@@ -1,6 +1,7 @@
 """API keys in their file."""
 
 import json
+import os
 import stat
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -143,6 +144,19 @@ def test_keys_added_at_the_same_time_are_all_there(path: Path) -> None:
 
     keyring = Keyring(path)
     assert sorted(keyring.find(text).name for text in made) == sorted(f"key{number}" for number in range(24))
+
+
+def test_file_that_a_server_may_read_stays_so(path: Path) -> None:
+    add_key(path, "camera", ["classify"])
+    path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(path, 10001, 10001)
+    before = path.stat()
+
+    remove_key(path, "camera")
+
+    after = path.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
 def test_link_to_the_file_stays_a_link(path: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import asyncio
+import gc
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,15 @@ from rpc.loop import run
 
 class Loop(asyncio.SelectorEventLoop):
     """What stands in for uvloop's."""
+
+
+@pytest.fixture(autouse=True)
+def own_collector() -> Iterator[None]:
+    """What a process sets for itself stays in it."""
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
 
 
 async def note(seen: list[type[asyncio.AbstractEventLoop]]) -> None:

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2
 
 from serving.control import TritonControl
 from serving.errors import BeyondHealingError, ControlError
-from serving.healer import Healer
+from serving.healer import Healer, reload_pause
 from serving.installation import Installation
 from serving.triton import EmbeddedTriton, serve
 from tests.gateway.fake_triton import Context, FakeTriton, confident
@@ -26,6 +26,10 @@ from tests.serving.conftest import CONFIG, add_model, add_version, flip_a_bit, o
 
 BLANK: NDArray[np.uint8] = np.zeros((1, 1, 28, 28), np.uint8)
 DEAD = grpc.StatusCode.INTERNAL, "Stub process 'mnist_0_0' is not healthy."
+
+
+def test_pause_grows_to_its_longest_and_stays_there_for_weeks() -> None:
+    assert [reload_pause(number, 5.0) for number in (0, 1, 2, 3, 100, 100_000)] == [0.0, 5.0, 10.0, 20.0, 300.0, 300.0]
 
 
 class LoadedTriton(FakeTriton):

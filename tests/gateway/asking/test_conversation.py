@@ -112,6 +112,20 @@ async def test_source_that_takes_its_time_runs_out_of_none(client: ImageClient, 
     assert len([answer async for answer in client.classify_many(slow(), timeout_seconds=0.2)]) == 2
 
 
+async def test_source_that_is_slow_to_begin_opens_no_stream_that_waits(settings: GatewaySettings, digit: Any) -> None:
+    async def slow() -> AsyncIterator[NDArray[np.uint8]]:
+        await asyncio.sleep(0.3)  # longer than a gateway waits for the first image of a stream
+        yield digit
+
+    async with GatewayServer(settings.model_copy(update={"request_seconds": 0.1})) as impatient:
+        async with ImageClient(impatient.address) as client:
+            await client.wait_ready()
+            assert len([answer async for answer in client.classify_many(slow())]) == 1
+        stream = {"method": "sluice.gateway.v1.ImageService/ClassifyStream"}
+        await becomes(1, impatient.metrics_url, "gateway_streams_total", **stream, code="OK")
+        await becomes(0, impatient.metrics_url, "gateway_streams_total", **stream, code="ABORTED")
+
+
 async def test_leaving_early_leaves_nothing_behind(client: ImageClient, gateway: GatewayServer, digit: Any) -> None:
     async with aclosing(client.classify_many([digit] * 100, window=4)) as many:
         await anext(many)
