@@ -47,9 +47,7 @@ async def main() -> None:
             "",
         ]
     )
-    print(text)
-    report.RESULTS.mkdir(exist_ok=True)
-    (report.RESULTS / "line.md").write_text(text)
+    report.publish(text, report.RESULTS / "line.md")
 
 
 async def _gateway() -> dict[str, Spread]:

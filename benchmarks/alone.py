@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 
 from benchmarks import frames, report
-from benchmarks.bench import DIRECT, RAW, Bench, Section, figures, met
+from benchmarks.bench import DIRECT, RAW, Bench, Section
 from benchmarks.interleaved import Spread
 from benchmarks.versions import MODEL
 
@@ -82,9 +82,9 @@ async def lone_caller(bench: Bench) -> Section:
         bench.report(f"round {number}: one caller: {latency.added * 1000:.2f} ms added")
     added = Spread.of([each.added * 1000 for each in seen])
     rows = [
-        [DIRECT, *figures([each.direct * 1000 for each in seen], 2), ""],
-        [RAW, *figures([each.gateway * 1000 for each in seen], 2), ""],
-        ["added", *figures([each.added * 1000 for each in seen], 2), met(added.median, most=_ASKED_ADDED_MS)],
+        [DIRECT, *report.figures(Spread.of([each.direct * 1000 for each in seen]), 2), ""],
+        [RAW, *report.figures(Spread.of([each.gateway * 1000 for each in seen]), 2), ""],
+        ["added", *report.figures(added, 2), report.met(added.median, most=_ASKED_ADDED_MS)],
     ]
     return Section(
         [

@@ -1,52 +1,32 @@
 """
-A plain grpc.aio server, as one would write it: the bytes lie ready, it yields them and does nothing else.
+A server whose bytes lie ready: it yields them and does nothing else.
 
 It sends exactly the messages that a streamer sends, recorded beforehand.
 """
 
-import asyncio
 import mmap
-import multiprocessing
-import signal
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import grpc
 
+from benchmarks.plain_server import Methods, PlainServer, plain_server
+
 _LENGTH = struct.Struct("<I")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BareServer:
-    """Where it is."""
-
-    address: str
-    process_id: int
-
-
 @contextmanager
-def bare_server(recordings: Mapping[str, Path]) -> Iterator[BareServer]:
+def bare_server(recordings: Mapping[str, Path]) -> Iterator[PlainServer]:
     """
     Run it in a process of its own.
 
     Args:
         recordings: By ``package.Service/Method``: a file that :func:`write_recording` wrote, sent whole on each call.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, dict(recordings)), daemon=True)
-    process.start()
-    try:
-        address = f"127.0.0.1:{ours.recv()}"
-        assert process.pid is not None
-        yield BareServer(address=address, process_id=process.pid)
-    finally:
-        ours.close()  # which ends it, as the end of this process would
-        process.join()
+    with plain_server(_methods, dict(recordings)) as server:
+        yield server
 
 
 def write_recording(path: Path, messages: Sequence[bytes]) -> None:
@@ -67,24 +47,8 @@ def _read_recording(path: Path) -> list[bytes]:
     return messages
 
 
-def _serve(pipe: Connection, recordings: Mapping[str, Path]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
-    asyncio.run(_run(pipe, recordings))
-
-
-async def _run(pipe: Connection, recordings: Mapping[str, Path]) -> None:
-    server = grpc.aio.server()
-    for name, path in recordings.items():
-        service, _, method = name.partition("/")
-        handler = _handler(_read_recording(path))
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    pipe.send(port)
-    closed = asyncio.Event()
-    asyncio.get_running_loop().add_reader(pipe.fileno(), closed.set)
-    await closed.wait()
-    await server.stop(0)
+def _methods(recordings: Mapping[str, Path]) -> Methods:
+    return {name: _handler(_read_recording(path)) for name, path in recordings.items()}
 
 
 def _handler(messages: list[bytes]) -> "grpc.RpcMethodHandler[bytes, bytes]":

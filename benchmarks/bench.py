@@ -1,4 +1,4 @@
-"""What the parts of the gateway's benchmark share: servers, images, names, and the words of a report."""
+"""What the suites of the gateway's benchmark measure with, and what each of them makes: a section of the page."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import sending
-from benchmarks.bare import BareServer
 from benchmarks.contest import Pace
 from benchmarks.interleaved import Spread
+from benchmarks.plain_server import PlainServer
 from benchmarks.sending import Sending
 from benchmarks.serving import Front, Served
 from benchmarks.window import Turn
@@ -27,11 +27,11 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """What every part measures with."""
+    """What every suite measures with."""
 
     served: Served
     front: Front
-    nothing: BareServer
+    nothing: PlainServer
     images_NHW: NDArray[np.uint8]
     pace: Pace
     report: Report
@@ -56,7 +56,7 @@ class Bench:
 
 @dataclass(slots=True)
 class Section:
-    """A part of the report."""
+    """Of the page, by one suite."""
 
     lines: list[str]
     turns: list[Turn] = field(default_factory=list)
@@ -67,17 +67,3 @@ class Section:
 def rates_of(turns: dict[str, list[Turn]]) -> dict[str, Spread]:
     """Return the rate of each by name, over its turns."""
     return {name: Spread.of([turn.rate for turn in seen]) for name, seen in turns.items()}
-
-
-def figures(values: Sequence[float], digits: int) -> list[str]:
-    """Return the cells of a median, a lowest and a highest figure."""
-    seen = Spread.of(values)
-    return [f"{value:,.{digits}f}" for value in (seen.median, seen.lowest, seen.highest)]
-
-
-def met(value: float, *, least: float | None = None, most: float | None = None, form: str = "g") -> str:
-    """Return what is asked of a figure, and whether it is met."""
-    if least is not None:
-        return f"at least {least:{form}}: {'met' if value >= least else 'missed'}"
-    assert most is not None
-    return f"at most {most:{form}}: {'met' if value <= most else 'missed'}"

@@ -1,14 +1,14 @@
 """How many images a second the gateway classifies, against the same model asked straight at Triton."""
 
 import asyncio
-import io
 import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from benchmarks import frames
+from benchmarks.bench import DIRECT, PNG, RAW
 from benchmarks.interleaved import Contender
 from gateway.client import ImageClient
 from serving.control import TritonControl
@@ -18,7 +18,7 @@ CALLERS = 64
 
 def contenders(gateway: ImageClient, triton: TritonControl, images: npt.NDArray[np.uint8]) -> dict[str, Contender]:
     """Return callers of both, :data:`CALLERS` at once; items are images [N, 28, 28]."""
-    pngs = [_png(image) for image in images]
+    pngs = [frames.png(image) for image in images]
 
     def direct(number: int) -> Awaitable[object]:
         return triton.infer("mnist", images[number % len(images)][None, None])
@@ -34,9 +34,9 @@ def contenders(gateway: ImageClient, triton: TritonControl, images: npt.NDArray[
         return gateway.classify_batch(pngs[start : start + CALLERS])
 
     return {
-        "ModelInfer straight at Triton": _callers(direct, CALLERS, 1),
-        "Classify, raw pixels": _callers(raw, CALLERS, 1),
-        "Classify, PNG": _callers(png, CALLERS, 1),
+        DIRECT: _callers(direct, CALLERS, 1),
+        RAW: _callers(raw, CALLERS, 1),
+        PNG: _callers(png, CALLERS, 1),
         f"ClassifyBatch of {CALLERS} PNGs, 2 callers": _callers(batch, 2, CALLERS),
     }
 
@@ -55,9 +55,3 @@ def _callers(ask: Callable[[int], Awaitable[object]], callers: int, images_a_cal
         return calls * images_a_call
 
     return work
-
-
-def _png(image: npt.NDArray[np.uint8]) -> bytes:
-    encoded = io.BytesIO()
-    Image.fromarray(image).save(encoded, "PNG")
-    return encoded.getvalue()

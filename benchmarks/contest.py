@@ -11,7 +11,8 @@ from benchmarks.turn import Program, TurnError, take_turn
 from benchmarks.window import Turn
 
 _TRIAL_ROUNDS = 2
-# What a turn may take beside warm-up and measuring: imports, data into memory, data written, the end of workers.
+# What a turn may take beside warm-up and measuring: imports, data into memory, data written, the end of workers; all
+# of it on a machine that is busy.
 _START_SECONDS = 120.0
 
 
@@ -43,6 +44,22 @@ class Pace:
     rounds: int
     warm_seconds: float
     seconds: float
+
+
+async def turn_at(pace: Pace, program: Program, *, temporary: Path) -> Turn:
+    """
+    Run a program for a turn at this pace; it may take as long as it needs to start, within reason.
+
+    Raises:
+        TurnError: It failed, or took too long.
+    """
+    return await take_turn(
+        program,
+        warm_seconds=pace.warm_seconds,
+        seconds=pace.seconds,
+        timeout_seconds=_START_SECONDS + 4 * (pace.warm_seconds + pace.seconds),
+        temporary=temporary,
+    )
 
 
 @dataclass(slots=True)
@@ -114,18 +131,12 @@ class Contest:
         return max(trials, key=lambda way: trials[way], default="")
 
     async def _turn(self, contender: Contender, way: str, when: str) -> Turn | None:
-        name, pace = contender.name, self._pace
+        name = contender.name
         if name in self._outcome.problems:
             return None
         label = f"{when}: {name}" + (f", {way}" if way else "")
         try:
-            turn = await take_turn(
-                contender.ways[way],
-                warm_seconds=pace.warm_seconds,
-                seconds=pace.seconds,
-                timeout_seconds=_START_SECONDS + 4 * (pace.warm_seconds + pace.seconds),
-                temporary=self._temporary,
-            )
+            turn = await turn_at(self._pace, contender.ways[way], temporary=self._temporary)
         except TurnError as error:
             self._outcome.problems[name] = f"{way}: {error}" if way else str(error)
             self._report(f"{label}: {error}")

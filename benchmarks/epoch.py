@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.interleaved import Spread
-from benchmarks.report import RESULTS, surroundings, table
+from benchmarks.report import RESULTS, figures, publish, surroundings, table
 from benchmarks.stage import stage
 from streamer.client import Plan
 from streamer.loading import StreamedDataset, TensorBatch
@@ -88,9 +88,7 @@ async def main() -> None:
         async with stage(Path(folder), num_train=STEPS * BATCH_SIZE, num_test=BATCH_SIZE) as scene:
             rounds = await asyncio.to_thread(measure, scene.streamer)
             told = report(rounds, scene.data_name, scene.num_train)
-    print(told)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "epoch.md").write_text(told)
+    publish(told, RESULTS / "epoch.md")
 
 
 def measure(streamer: str) -> list[Round]:
@@ -125,8 +123,7 @@ def report(rounds: list[Round], data: str, num_samples: int) -> str:
     """Return the table."""
 
     def row(name: str, of: Callable[[Round], float], asked: str = "") -> list[str]:
-        spread = Spread.of([of(each) for each in rounds])
-        return [name, f"{spread.median:.3f}", f"{spread.lowest:.3f}", f"{spread.highest:.3f}", asked]
+        return [name, *figures(Spread.of([of(each) for each in rounds]), 3), asked]
 
     rows = [
         row("epoch from memory, s", lambda each: each.memory_seconds),

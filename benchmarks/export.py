@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.interleaved import Spread
-from benchmarks.report import RATES, RESULTS, numbers, surroundings, table
+from benchmarks.report import RATES, RESULTS, figures, met, publish, surroundings, table
 from training.devices import device_of_choice
 from training.model import IMAGE_SIZE, Network, ServedNetwork
 from training.release.export import load_served, save
@@ -51,10 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     network = Network().eval()
     contenders = {PLAIN: plain(network, device)} | {name: served(network, name, device) for name in DTYPES}
-    told = report(measure(contenders, device), device)
-    print(told)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "export.md").write_text(told)
+    publish(report(measure(contenders, device), device), RESULTS / "export.md")
 
 
 def plain(network: Network, device: torch.device) -> Served:
@@ -122,11 +119,8 @@ def report(rates: Rates, device: torch.device) -> str:
 def _row(rates: Rates, name: str, size: int, *, is_taken: bool) -> list[str]:
     pairs = zip(rates[name][size], rates[PLAIN][size], strict=True)
     factor = Spread.of([ours / theirs for ours, theirs in pairs])
-    shown = [f"{value:.2f}" for value in (factor.median, factor.lowest, factor.highest)]
-    asked = ""
-    if is_taken:
-        asked = f"at least {ASKED[size]:g}: {'met' if factor.median >= ASKED[size] else 'missed'}"
-    return [name, *numbers(Spread.of(rates[name][size])), *shown, asked]
+    asked = met(factor.median, least=ASKED[size]) if is_taken else ""
+    return [name, *figures(Spread.of(rates[name][size])), *figures(factor, 2), asked]
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@
 Prints tables and writes them, and two pictures, to ``benchmarks/results/``; docs/benchmarks.md says how to read them.
 """
 
-import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks import alone, empty, h2load, overloaded, report, serving, throughput
+from benchmarks import alone, empty, h2load, overload, report, serving, throughput
 from benchmarks.bench import Bench, Report, Section
+from benchmarks.command import Command, plainly_ended, say, take_cores
 from benchmarks.contest import Pace
 from benchmarks.h2load import H2loadError
-from benchmarks.overload import OverloadError
+from benchmarks.surge import SurgeError
 from benchmarks.turn import TurnError
 from benchmarks.versions import NoVersionError, Version, newest, version_at
 from benchmarks.window import Turn
@@ -24,12 +23,16 @@ from gateway.client import ClientError
 from serving.errors import ServingError
 from sluice.supervisor import ServiceError
 
-FULL = Pace(rounds=5, warm_seconds=1.0, seconds=3.0)
-QUICK = Pace(rounds=1, warm_seconds=0.1, seconds=0.3)
 SUITES = ("unary", "batches", "alone", "callers", "overload")
 
+_COMMAND = Command(
+    name="gateway",
+    suites=SUITES,
+    full=Pace(rounds=5, warm_seconds=1.0, seconds=3.0),
+    quick=Pace(rounds=1, warm_seconds=0.1, seconds=0.3),
+)
 _PACKAGES = ("grpcio", "protobuf", "torch", "tritonclient")
-_ERRORS = (H2loadError, OverloadError, TurnError, NoVersionError, ClientError, ServingError, ServiceError)
+_ERRORS = (H2loadError, SurgeError, TurnError, NoVersionError, ClientError, ServingError, ServiceError)
 
 
 async def measure(
@@ -70,7 +73,7 @@ async def _section(suite: str, bench: Bench, trials: throughput.Trials | None, p
         case "callers":
             return await throughput.callers_curve(bench, pictures)
         case "overload":
-            return await overloaded.overloaded(bench, pictures)
+            return await overload.beyond_capacity(bench, pictures)
         case "alone":
             return await alone.lone_caller(bench)
     assert trials is not None
@@ -104,56 +107,20 @@ def _others(turns: Sequence[Turn]) -> str:
     return f" Everything else on the machine took {report.others_share(turns):.1%} of these cores meanwhile."
 
 
-def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gateway", description=__doc__)
-    parser.add_argument("--only", default=",".join(SUITES), help="some of %(default)s")
-    parser.add_argument("--model", type=Path, help="folder of a version; default: the newest in the model repository")
-    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {FULL.rounds})")
-    parser.add_argument("--seconds", type=float, help=f"length of a turn (default: {FULL.seconds:g})")
-    parser.add_argument("--cores", type=int, default=2, help="everything runs on so many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing")
-    parser.add_argument("--output", type=Path, help="where to write; default: results/gateway.md for a whole run")
-    given = parser.parse_args(words)
-    wanted = given.only.split(",")
-    if unknown := [name for name in wanted if name not in SUITES]:
-        parser.error(f"--only: {', '.join(unknown)}; allowed are {', '.join(SUITES)}")
-    given.only = [name for name in SUITES if name in wanted]
-    return given
-
-
 def main(words: Sequence[str]) -> None:
     """Measure what the command line says."""
-    given = _arguments(words)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
-    usual = QUICK if given.quick else FULL
-    pace = Pace(
-        rounds=given.rounds or usual.rounds, warm_seconds=usual.warm_seconds, seconds=given.seconds or usual.seconds
-    )
-    is_whole = not given.quick and len(given.only) == len(SUITES)
-    output = given.output or (report.RESULTS / "gateway.md" if is_whole else None)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    parser = _COMMAND.parser(__doc__)
+    parser.add_argument("--model", type=Path, help="folder of a version; default: the newest in the model repository")
+    given = parser.parse_args(words)
+    pace, page = _COMMAND.pace(given), _COMMAND.page(given)
+    take_cores(given.cores)
+    with plainly_ended(*_ERRORS):
         version = version_at(given.model) if given.model else newest()
-        measuring = measure(
-            given.only,
-            version,
-            pace,
-            pictures=output.parent if output else None,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        measuring = measure(given.only, version, pace, pictures=page.parent if page else None, say=say)
         sections = asyncio.run(measuring)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except _ERRORS as error:
-        raise SystemExit(str(error)) from error
     # The folder is the reader's business alone.
     words = [word for word in words if word != "--model" and (given.model is None or word != str(given.model))]
-    text = _text(sections, version, pace, " ".join(["python -m benchmarks.gateway", *words]))
-    print(text)
-    if output is not None:
-        output.write_text(text)
+    report.publish(_text(sections, version, pace, " ".join(["python -m benchmarks.gateway", *words])), page)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def read(dataset: Dataset[Any], *, batch_size: int, workers: int, **options: Any
             persistent_workers=workers > 0,
             **options,
         )
-        for _images, labels in _endless(loader):
+        for _images, labels in chain.from_iterable(repeat(loader)):
             if window.add(len(labels)):
                 return
 
@@ -61,11 +61,6 @@ def in_memory(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     images = parse_images((data / names.images).read_bytes(), file=names.images)
     labels = parse_labels((data / names.labels).read_bytes(), file=names.labels)
     return torch.tensor(images), torch.tensor(labels).long()
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader
 
 
 def _use(threads: int | None) -> None:

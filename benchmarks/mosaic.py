@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from itertools import chain, repeat
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -43,7 +43,7 @@ def read(mds: str, images: str, batch_size: int, workers: int) -> Work:
 
     def work(window: Window) -> None:
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, persistent_workers=workers > 0)
-        for batch in _endless(loader):
+        for batch in chain.from_iterable(repeat(loader)):
             if window.add(len(batch["label"])):
                 return
 
@@ -68,8 +68,3 @@ def _streaming() -> Any:
         setattr(module, kind, type(kind, (), {}))
         sys.modules[module.__name__] = module
     return importlib.import_module("streaming")
-
-
-def _endless(loader: DataLoader[Any]) -> Iterator[Any]:
-    while True:
-        yield from loader

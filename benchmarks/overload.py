@@ -1,253 +1,134 @@
-"""
-More calls than can be served: open-loop arrivals at several rates, and how soon all is well after the highest.
+"""What the gateway answers in time when more comes than it can serve."""
 
-The load test's own parts send, in a process of their own: ``python -m benchmarks.overload ORDER``, which prints what
-came of each rate. Calls are batches, as one caller has to send ten times what the gateway can serve.
-"""
-
-import asyncio
-import json
+import math
 import statistics
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from loadtest.arrivals import OpenLoop
-from loadtest.caller import Caller
-from loadtest.images import Sample
-from loadtest.runner import Runner, precise_event_loop
-from loadtest.tally import DEADLINE_EXCEEDED, Tally, Verdict
-from loadtest.targets import make
+from benchmarks import curves, frames, report, surge
+from benchmarks.bench import Bench, Section
+from benchmarks.interleaved import Spread
+from benchmarks.report import met
+from benchmarks.window import Turn
 
-BATCH_SIZE = 16
-DEADLINE_SECONDS = 1.0
+FACTORS = (0.5, 1.0, 2.0, 5.0, 10.0)
+"""Arrivals, in times of what can be served."""
 
-_REFUSED = "RESOURCE_EXHAUSTED"
-_MOST_OUTSTANDING = 10_000
-_PAUSE_SECONDS = 1.5
-_SLICE_SECONDS = 0.25
-_SLICES = 4
-_SLOWER = 2.0
-_ROOT = Path(__file__).parent.parent
+_ASKED_SHARE, _ASKED_REFUSAL_MS, _ASKED_RECOVERY_SECONDS = 0.85, 20.0, 5.0
+# Connections, and calls in flight on each: enough to keep it busy, few enough to be admitted.
+_CALLERS = (4, 8)
 
 
-class OverloadError(RuntimeError):
-    """The load generator failed; the message says why."""
+async def beyond_capacity(bench: Bench, pictures: Path | None) -> Section:
+    """Send more than can be served."""
+    size = surge.BATCH_SIZE
+    chosen_NHW = bench.images_NHW[:256]
+    images = bench.served.folder / "overload.npy"
+    np.save(images, chosen_NHW)
+    message = frames.classify_batch(chosen_NHW[:size], is_png=False)
+    capacity = await bench.sending("capacity", bench.front.address, frames.CLASSIFY_BATCH, message, callers=_CALLERS)
+    outcomes: list[surge.Outcome] = []
+    turns: list[Turn] = []
+    for number in range(1, bench.pace.rounds + 1):
+        turns.append(await capacity())
+        rate = turns[-1].rate
+        outcome = await surge.run(
+            surge.Order(
+                address=bench.front.address,
+                images=str(images),
+                rates=[rate * factor for factor in FACTORS],
+                # What waits when they begin is gone, and what waits then is as long as the deadline lets it be.
+                warm_seconds=2 * bench.pace.warm_seconds,
+                seconds=bench.pace.seconds,
+                recovery_seconds=2 + 2 * bench.pace.seconds,
+            )
+        )
+        outcomes.append(outcome)
+        told = ", ".join(f"{each.goodput * size:,.0f}" for each in outcome.arrivals)
+        bench.report(f"round {number}: capacity {rate * size:,.0f}; answered {told} images a second")
+    arrivals = [[outcome.arrivals[place] for outcome in outcomes] for place in range(len(FACTORS))]
+    goodputs = [Spread.of([each.goodput * size for each in seen]) for seen in arrivals]
+    capacities = [turn.rate for turn in turns]
+    if pictures is not None:
+        _draw(pictures / "gateway-surge.png", goodputs, capacities)
+    lines = _overload_lines(arrivals, goodputs, outcomes, Spread.of(capacities), is_drawn=pictures is not None)
+    return Section(lines, turns, capacity.failed)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """What the process is to do."""
-
-    address: str
-    images: str
-    """File of :func:`numpy.save`, uint8 [N, 28, 28]."""
-    rates: Sequence[float]
-    """Calls a second, the highest last; all is well again when it is as at the first."""
-    warm_seconds: float
-    seconds: float
-    """At each rate, after the warm-up."""
-    recovery_seconds: float
-    """At the first rate again, straight after the highest."""
+def _draw(path: Path, goodputs: Sequence[Spread], capacities: Sequence[float]) -> None:
+    offered = [Spread.of([min(factor, 1.0) * rate * surge.BATCH_SIZE for rate in capacities]) for factor in FACTORS]
+    lines = [
+        curves.Line(name="answered in time", values=goodputs),
+        curves.Line(name="arrivals, up to what can be served", values=offered),
+    ]
+    curves.draw_overload(path, FACTORS, lines)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Arrivals:
-    """What came of one rate; times in seconds, from when a call was due."""
-
-    rate: float
-    due: int
-    answered: int
-    refused: int
-    expired: int
-    """Admitted, or never looked at, and not answered in time."""
-    failed: int
-    """Anything else."""
-    goodput: float
-    """Calls a second that were answered in time."""
-    median: float
-    admitted_p99: float
-    refused_median: float
-    late_p99: float
-    """By which the load generator itself was late."""
-    busy: float
-    """Share of the time its one thread was busy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What one process saw."""
-
-    arrivals: Sequence[Arrivals]
-    recovered_seconds: float | None
-    """After the last of the highest rate; None where it was not within the time."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Call:
-    """One of those that followed the highest rate."""
-
-    began: float
-    """After the last call of the highest rate, in seconds."""
-    seconds: float
-    is_answered: bool
-
-
-async def run(order: Order) -> Outcome:
-    """
-    Have a process of its own do it; cancelling this kills it.
-
-    Raises:
-        OverloadError: It could not.
-    """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks.overload", json.dumps(asdict(order))),
-        cwd=_ROOT,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
+def _overload_lines(
+    arrivals: Sequence[Sequence[surge.Arrivals]],
+    goodputs: Sequence[Spread],
+    outcomes: Sequence[surge.Outcome],
+    capacity: Spread,
+    *,
+    is_drawn: bool,
+) -> list[str]:
+    peak = max(goodput.median for goodput in goodputs)
+    rows = []
+    for factor, seen, goodput in zip(FACTORS, arrivals, goodputs, strict=True):
+        due = sum(each.due for each in seen)
+        share = goodput.median / peak
+        refused = [each.refused_median * 1000 for each in seen if each.refused]
+        rows.append(
+            [
+                f"{factor:g}",
+                *report.figures(goodput),
+                f"{share:.0%}" + (f" ({met(share, least=_ASKED_SHARE, form='.0%')})" if factor >= 5 else ""),
+                f"{sum(each.refused for each in seen) / due:.1%}",
+                f"{statistics.median(refused):.1f}" if refused else "-",
+                f"{sum(each.expired + each.failed for each in seen) / due:.2%}",
+                f"{statistics.median(each.admitted_p99 for each in seen) * 1000:,.0f}",
+                f"{statistics.median(each.late_p99 for each in seen) * 1000:.1f}",
+                f"{statistics.median(each.busy for each in seen):.0%}",
+            ]
+        )
+    header = (
+        *("arrivals, times capacity", "images/s in time, median", "lowest", "highest", "of peak"),
+        *("refused", "after ms, median", "late or failed", "p99 of the admitted, ms"),
+        *("sent late, p99 ms", "load generator busy"),
     )
-    try:
-        output, _ = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        raise OverloadError(f"the load generator ended with status {process.returncode}")
-    answer: dict[str, Any] = json.loads(output)
-    arrivals = [Arrivals(**each) for each in answer["arrivals"]]
-    return Outcome(arrivals=arrivals, recovered_seconds=answer["recovered_seconds"])
-
-
-def settled(calls: Sequence[Call], *, normal_seconds: float) -> float | None:
-    """
-    Return from when on all is well for a whole second; None where it never is.
-
-    Well is a quarter of a second in which every call was answered, and half of them within twice the normal time.
-
-    Args:
-        calls: In any order.
-        normal_seconds: Median latency of the same rate before.
-    """
-    slices: dict[int, list[Call]] = {}
-    for call in calls:
-        slices.setdefault(int(call.began / _SLICE_SECONDS), []).append(call)
-    in_a_row = 0
-    # The last is cut short.
-    for number in range(max(slices, default=0)):
-        in_a_row = in_a_row + 1 if _is_well(slices.get(number, []), _SLOWER * normal_seconds) else 0
-        if in_a_row == _SLICES:
-            return (number + 1 - _SLICES) * _SLICE_SECONDS
-    return None
-
-
-def arrivals_of(tally: Tally, *, rate: float, seconds: float, busy: float) -> Arrivals:
-    """Return what a tally of calls that were due within so many seconds comes to."""
-    answered, refused, expired = tally.succeeded, tally.codes[_REFUSED], tally.codes[DEADLINE_EXCEEDED]
-    refusals = tally.latencies.get(_REFUSED)
-    return Arrivals(
-        rate=rate,
-        due=tally.count,
-        answered=answered,
-        refused=refused,
-        expired=expired,
-        failed=tally.count - answered - refused - expired,
-        goodput=answered / seconds,
-        median=tally.succeeded_latencies.at(50),
-        admitted_p99=_admitted_at(tally, 99),
-        refused_median=refusals.at(50) if refusals else 0.0,
-        late_p99=tally.lateness.at(99),
-        busy=busy,
-    )
-
-
-def _admitted_at(tally: Tally, percentage: float) -> float:
-    """Return a percentile of what was not refused: the answered, and behind them those whose time ran out."""
-    answered, expired = tally.succeeded, tally.codes[DEADLINE_EXCEEDED]
-    wanted = percentage / 100 * (answered + expired)
-    if not wanted:
-        return 0.0
-    if wanted <= answered:
-        return tally.succeeded_latencies.at(100 * wanted / answered)
-    ran_out = tally.latencies.get(DEADLINE_EXCEEDED)
-    return ran_out.at(100 * (wanted - answered) / expired) if ran_out else DEADLINE_SECONDS
-
-
-def _is_well(calls: Sequence[Call], most_seconds: float) -> bool:
-    return (
-        bool(calls)
-        and all(call.is_answered for call in calls)
-        and statistics.median(call.seconds for call in calls) <= most_seconds
-    )
-
-
-async def _send(order: Order) -> Outcome:
-    samples = [Sample(pixels, "0", 0) for pixels in np.load(order.images)]
-    target = make("classify-batch", samples, image_format="raw", model="", batch_size=BATCH_SIZE, seed=0)
-    async with Caller(order.address, target, timeout_seconds=DEADLINE_SECONDS) as caller:
-        await caller.start()
-        arrivals: list[Arrivals] = []
-        for rate in order.rates[:-1]:
-            runner = _runner(caller, order, rate)
-            await runner.run()
-            arrivals.append(_arrivals(runner, order, rate))
-            await asyncio.sleep(_PAUSE_SECONDS)
-        highest = _runner(caller, order, order.rates[-1])
-        burst = asyncio.create_task(highest.run())
-        # Not until its last call is answered: whoever comes next does not wait for that either.
-        await asyncio.sleep(order.warm_seconds + order.seconds)
-        calls = await _calls_after(caller, order)
-        await burst
-        arrivals.append(_arrivals(highest, order, order.rates[-1]))
-    return Outcome(arrivals=arrivals, recovered_seconds=settled(calls, normal_seconds=arrivals[0].median))
-
-
-def _runner(caller: Caller, order: Order, rate: float) -> Runner:
-    return Runner(
-        caller.ask,
-        OpenLoop(rate=rate, max_outstanding=_MOST_OUTSTANDING),
-        warm_up_seconds=order.warm_seconds,
-        duration_seconds=order.seconds,
-        timeout_seconds=DEADLINE_SECONDS,
-    )
-
-
-def _arrivals(runner: Runner, order: Order, rate: float) -> Arrivals:
-    return arrivals_of(runner.measured, rate=rate, seconds=order.seconds, busy=runner.loop_share)
-
-
-async def _calls_after(caller: Caller, order: Order) -> Sequence[Call]:
-    loop, calls = asyncio.get_running_loop(), list[Call]()
-    started = loop.time()
-
-    async def ask(number: int) -> Verdict:
-        began, is_answered = loop.time(), False
-        try:
-            verdict = await caller.ask(number)
-            is_answered = True
-            return verdict
-        finally:
-            calls.append(Call(began=began - started, seconds=loop.time() - began, is_answered=is_answered))
-
-    runner = Runner(
-        ask,
-        OpenLoop(rate=order.rates[0], max_outstanding=_MOST_OUTSTANDING),
-        warm_up_seconds=0.0,
-        duration_seconds=order.recovery_seconds,
-        timeout_seconds=DEADLINE_SECONDS,
-    )
-    await runner.run()
-    return calls
-
-
-def _main(order: Order) -> None:
-    with asyncio.Runner(loop_factory=precise_event_loop) as runner:
-        print(json.dumps(asdict(runner.run(_send(order)))))
-
-
-if __name__ == "__main__":
-    _main(Order(**json.loads(sys.argv[1])))
+    refusals = [each.refused_median * 1000 for seen in arrivals[-2:] for each in seen if each.refused]
+    slowest = max(statistics.median(each.admitted_p99 for each in seen) for seen in arrivals)
+    recovered = [outcome.recovered_seconds for outcome in outcomes]
+    times = [seconds for seconds in recovered if seconds is not None]
+    told = f"{statistics.median(times):.2f} s, {max(times):.2f} s at most" if times else "never"
+    is_back = len(times) == len(recovered) and max(times) <= _ASKED_RECOVERY_SECONDS
+    return [
+        "## More than can be served",
+        "",
+        f"ClassifyBatch of {surge.BATCH_SIZE} images as pixels, arriving at a fixed rate whatever the answers do "
+        f"(open loop), each with {surge.DEADLINE_SECONDS:g} s to be answered in. Capacity, asked by "
+        f"{math.prod(_CALLERS)} callers who wait: {capacity.median * surge.BATCH_SIZE:,.0f} images/s. Load "
+        "generator, gateway and Triton share the cores; times count from when a call was due.",
+        "",
+        report.table(header, rows),
+        "",
+        "- Refused, at 5 and 10 times the capacity: after "
+        + (
+            f"{statistics.median(refusals):.1f} ms ({met(statistics.median(refusals), most=_ASKED_REFUSAL_MS)})."
+            if refusals
+            else "none."
+        ),
+        f"- p99 of the admitted, at its worst rate: {slowest * 1000:,.0f} ms "
+        f"({met(slowest * 1000, most=surge.DEADLINE_SECONDS * 1000)}).",
+        f"- Normal again after the highest rate: {told}, within {_ASKED_RECOVERY_SECONDS:g} s in every round: "
+        f"{'met' if is_back else 'missed'}"
+        + (
+            f"; not in {len(recovered) - len(times)} of {len(recovered)} rounds."
+            if len(times) < len(recovered)
+            else "."
+        ),
+        "",
+        *(["![images answered in time over arrivals](gateway-surge.png)", ""] if is_drawn else []),
+    ]

@@ -45,7 +45,7 @@ def num_cores() -> int:
 
 def rates_table(rates: Mapping[str, Spread]) -> str:
     """Return a table of rates by name."""
-    return table(("", *RATES), ([name, *numbers(rate)] for name, rate in rates.items()))
+    return table(("", *RATES), ([name, *figures(rate)] for name, rate in rates.items()))
 
 
 def outcome_table(outcome: Outcome, names: Iterable[str]) -> str:
@@ -87,9 +87,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def numbers(rate: Spread) -> list[str]:
-    """Return the cells that go with :data:`RATES`."""
-    return [f"{value:,.0f}" for value in (rate.median, rate.lowest, rate.highest)]
+def figures(spread: Spread, digits: int = 0) -> list[str]:
+    """Return the cells of a median, a lowest and a highest figure, as go with :data:`RATES`."""
+    return [f"{value:,.{digits}f}" for value in (spread.median, spread.lowest, spread.highest)]
+
+
+def met(value: float, *, least: float | None = None, most: float | None = None, form: str = "g") -> str:
+    """Return what is asked of a figure, and whether it is met."""
+    if least is not None:
+        return f"at least {least:{form}}: {'met' if value >= least else 'missed'}"
+    assert most is not None
+    return f"at most {most:{form}}: {'met' if value <= most else 'missed'}"
+
+
+def publish(text: str, page: Path | None) -> None:
+    """Print what was measured, and write it where it has a page."""
+    print(text)
+    if page is not None:
+        page.write_text(text)
 
 
 def _row(outcome: Outcome, name: str) -> list[str]:
@@ -100,7 +115,7 @@ def _row(outcome: Outcome, name: str) -> list[str]:
     reader, server = sum(turn.reader_cpu_seconds for turn in turns), sum(turn.server_cpu_seconds for turn in turns)
     return [
         f"{name}, {way}" if way else name,
-        *numbers(Spread.of([turn.rate for turn in turns])),
+        *figures(Spread.of([turn.rate for turn in turns])),
         f"{reader / items:,.2f}",
         f"{server / items:,.2f}" if server else "",
     ]

@@ -124,7 +124,7 @@ async def answer_bytes(address: str, path: str, message: bytes) -> int:
     async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
         try:
             method: Any = channel.unary_unary(path)
-            answer: bytes = await method(message)
+            answer: bytes = await method(message, timeout=_FIRST_ANSWER_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise h2load.H2loadError(f"{address}{path}: {error.code().name}: {error.details()}") from error
     return FRAME_BYTES + len(answer)

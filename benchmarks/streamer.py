@@ -4,9 +4,7 @@
 Prints tables and writes them to ``benchmarks/results/streamer.md``; docs/benchmarks.md says how to read them.
 """
 
-import argparse
 import asyncio
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from benchmarks import digits, report
 from benchmarks.augmenting import AUGMENT, WAYS
+from benchmarks.command import Command, plainly_ended, say, take_cores
 from benchmarks.contest import Comparison, Contender, Contest, Outcome, Pace
 from benchmarks.stage import BATCH_SIZE, Stage, stage
 from benchmarks.turn import Program
@@ -74,8 +73,10 @@ SUITES: Mapping[str, Suite] = {
 }
 
 FULL = Pace(rounds=5, warm_seconds=0.5, seconds=2.0)
-QUICK = Pace(rounds=1, warm_seconds=0.05, seconds=0.1)
 _QUICK_SAMPLES = 2_000
+_COMMAND = Command(
+    name="streamer", suites=tuple(SUITES), full=FULL, quick=Pace(rounds=1, warm_seconds=0.05, seconds=0.1)
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,55 +215,26 @@ def _mosaic_version(python: Path) -> str:
     return answer.stdout.strip()
 
 
-def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.streamer", description=__doc__)
-    parser.add_argument("--only", default=",".join(SUITES), help="some of %(default)s")
-    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {FULL.rounds})")
-    parser.add_argument("--seconds", type=float, help=f"length of a turn (default: {FULL.seconds:g})")
-    parser.add_argument("--cores", type=int, default=2, help="everything runs on so many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing")
-    parser.add_argument("--output", type=Path, help="where to write; default: results/streamer.md for a whole run")
-    parser.add_argument("--mosaic-python", type=Path, default=_MOSAIC_PYTHON, help="has mosaicml-streaming")
-    given = parser.parse_args(words)
-    wanted = given.only.split(",")
-    if unknown := [name for name in wanted if name not in SUITES]:
-        parser.error(f"--only: {', '.join(unknown)}; allowed are {', '.join(SUITES)}")
-    given.only = [name for name in SUITES if name in wanted]
-    return given
-
-
 def main(words: Sequence[str]) -> None:
     """Measure what the command line says."""
-    given = _arguments(words)
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
-    usual = QUICK if given.quick else FULL
-    pace = Pace(
-        rounds=given.rounds or usual.rounds, warm_seconds=usual.warm_seconds, seconds=given.seconds or usual.seconds
-    )
+    parser = _COMMAND.parser(__doc__)
+    parser.add_argument("--mosaic-python", type=Path, default=_MOSAIC_PYTHON, help="has mosaicml-streaming")
+    given = parser.parse_args(words)
+    pace, page = _COMMAND.pace(given), _COMMAND.page(given)
+    take_cores(given.cores)
     sizes = {"num_train": _QUICK_SAMPLES, "num_test": _QUICK_SAMPLES} if given.quick else {}
     measuring = measure(
         given.only,
         pace,
-        report=lambda line: print(line, file=sys.stderr, flush=True),
+        report=say,
         workers=_WORKERS[:2] if given.quick else _WORKERS,
         mosaic_python=given.mosaic_python,
         **sizes,
     )
-    try:
+    with plainly_ended(ServiceError, StreamerError):
         measured = asyncio.run(measuring)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ServiceError, StreamerError) as error:
-        raise SystemExit(str(error)) from error
     command = " ".join(["python -m benchmarks.streamer", *words])
-    text = _text(measured, given.only, pace, command, given.mosaic_python)
-    print(text)
-    is_whole = not given.quick and len(given.only) == len(SUITES)
-    output = given.output or (report.RESULTS / "streamer.md" if is_whole else None)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
+    report.publish(_text(measured, given.only, pace, command, given.mosaic_python), page)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks import curves, empty, frames, grid, looping, report, sending
-from benchmarks.bench import CONNECTIONS, DIRECT, PNG, RAW, STREAMS, Bench, Report, Section, figures, met, rates_of
-from benchmarks.contest import Comparison, Outcome, Pace
+from benchmarks.bench import CONNECTIONS, DIRECT, PNG, RAW, STREAMS, Bench, Report, Section, rates_of
+from benchmarks.contest import Comparison, Outcome, Pace, turn_at
 from benchmarks.interleaved import Spread
 from benchmarks.sending import Take, in_turns
 from benchmarks.serving import Served
-from benchmarks.turn import Program, take_turn
-from benchmarks.window import Turn
+from benchmarks.turn import Program
 
 EMPTY = "empty grpc.aio server"
 LOOP = "bare TorchScript in a loop, batches of 64"
@@ -31,8 +31,6 @@ _BATCH_SIZE = 64
 _BATCHES_IN_FLIGHT = 4
 _STREAM_IN_FLIGHT = 256
 _GRID_ROUNDS = 2
-# A program of its own may need as long to import torch on a machine that is busy.
-_START_SECONDS = 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,11 +183,11 @@ async def callers_curve(bench: Bench, pictures: Path | None) -> Section:
         [
             "## From one caller to many",
             "",
-            f"{RAW}. Largest fall behind the peak: {fall:.1%} ({met(fall, most=_ASKED_FALL, form='.0%')}).",
+            f"{RAW}. Largest fall behind the peak: {fall:.1%} ({report.met(fall, most=_ASKED_FALL, form='.0%')}).",
             "",
             report.table(
                 ("callers", *report.RATES),
-                ([f"{callers:,}", *report.numbers(rate)] for callers, rate in zip(CALLERS, rates, strict=True)),
+                ([f"{callers:,}", *report.figures(rate)] for callers, rate in zip(CALLERS, rates, strict=True)),
             ),
             "",
             *(["![calls a second over callers](gateway-callers.png)", ""] if pictures is not None else []),
@@ -213,23 +211,12 @@ def largest_fall(rates: Sequence[float]) -> float:
 
 def _costs_table(costs: dict[str, list[float]]) -> str:
     factors = [ours / theirs for ours, theirs in zip(costs[RAW], costs[EMPTY], strict=True)]
-    rows = [[name, *figures(seen, 0), ""] for name, seen in costs.items()]
-    told = met(statistics.median(factors), most=_ASKED_CPU)
-    rows.append([f"{RAW} / {EMPTY}", *figures(factors, 2), told])
+    rows = [[name, *report.figures(Spread.of(seen)), ""] for name, seen in costs.items()]
+    factor = Spread.of(factors)
+    rows.append([f"{RAW} / {EMPTY}", *report.figures(factor, 2), report.met(factor.median, most=_ASKED_CPU)])
     return report.table(("", "CPU µs a call, median", "lowest", "highest", "asked"), rows)
 
 
 def _program(bench: Bench, work: Callable[..., object], options: dict[str, object]) -> Take:
     program = Program(target=f"{work.__module__}:{work.__name__}", options=options)
-    pace = bench.pace
-
-    async def take() -> Turn:
-        return await take_turn(
-            program,
-            warm_seconds=pace.warm_seconds,
-            seconds=pace.seconds,
-            timeout_seconds=_START_SECONDS + 4 * (pace.warm_seconds + pace.seconds),
-            temporary=bench.served.folder,
-        )
-
-    return take
+    return partial(turn_at, bench.pace, program, temporary=bench.served.folder)

@@ -85,7 +85,7 @@ async def main() -> None:
 
 
 def _row(spec: str, rate: Spread) -> list[str]:
-    return [spec.replace("|", "\\|"), f"{1e6 / rate.median:.2f}", *report.numbers(rate)]
+    return [spec.replace("|", "\\|"), f"{1e6 / rate.median:.2f}", *report.figures(rate)]
 
 
 if __name__ == "__main__":

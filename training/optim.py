@@ -44,5 +44,5 @@ def guarded_step(optimizer: torch.optim.Optimizer, *, failed: Tensor, shrink: Te
         shrink: float32 scalar that gradients are divided by; None is 1.
     """
     optimizer.found_inf = failed  # type: ignore[attr-defined]  # set by GradScaler, declared nowhere
-    optimizer.grad_scale = shrink  # type: ignore[attr-defined]
+    optimizer.grad_scale = shrink  # type: ignore[attr-defined]  # set by GradScaler, declared nowhere
     optimizer.step()

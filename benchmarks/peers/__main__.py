@@ -7,7 +7,6 @@ tables and writes them to ``benchmarks/results/peers.md``; docs/benchmarks.md sa
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import frames, h2load, report, serving
-from benchmarks.bench import CONNECTIONS, STREAMS, Report, figures
+from benchmarks.bench import CONNECTIONS, STREAMS, Report
+from benchmarks.command import Command, plainly_ended, say, take_cores
 from benchmarks.contest import Pace
 from benchmarks.h2load import H2loadError, Load
 from benchmarks.interleaved import Spread
@@ -36,12 +36,16 @@ from training.release.export import load_served
 
 OURS = "Sluice"
 CALLERS = CONNECTIONS * STREAMS
-FULL = Pace(rounds=5, warm_seconds=2.0, seconds=4.0)
-QUICK = Pace(rounds=1, warm_seconds=0.2, seconds=0.5)
 ASKED = {"bfloat16": 3.0, "float32": 1.5}
 """Rate of the gateway over that of the best of the others."""
 
 _NUM_CHECKED = 8
+_COMMAND = Command(
+    name="peers",
+    suites=[peer.package for peer in PEERS],
+    full=Pace(rounds=5, warm_seconds=2.0, seconds=4.0),
+    quick=Pace(rounds=1, warm_seconds=0.2, seconds=0.5),
+)
 _ERRORS = (*(H2loadError, EnvironmentMissingError, PeerError, NoVersionError, ClientError, ServingError, ServiceError),)
 
 
@@ -189,7 +193,7 @@ def _text(measured: Sequence[Measured], peers: Sequence[Peer], pace: Pace, comma
 
 def _table(measured: Measured, peers: Sequence[Peer]) -> list[str]:
     ours = measured.rates[OURS]
-    rows = [[OURS, *report.numbers(Spread.of(ours)), "", "", ""]]
+    rows = [[OURS, *report.figures(Spread.of(ours)), "", "", ""]]
     factors: list[list[float]] = []
     for peer in peers:
         theirs = measured.rates.get(peer.name)
@@ -197,15 +201,15 @@ def _table(measured: Measured, peers: Sequence[Peer]) -> list[str]:
             rows.append([f"{peer.name}: {measured.problems[peer.name]}", *["-"] * 6])
             continue
         factors.append([one / other for one, other in zip(ours, theirs, strict=True)])
-        rows.append([peer.name, *report.numbers(Spread.of(theirs)), *figures(factors[-1], 2)])
+        rows.append([peer.name, *report.figures(Spread.of(theirs)), *report.figures(Spread.of(factors[-1]), 2)])
     header = (f"{measured.precision}", *report.RATES, "Sluice is faster by, median", "lowest", "highest")
     lines = [report.table(header, rows)]
     asked = ASKED.get(measured.precision)
     if factors and asked is not None:
         # The best of the others may be another one in each round.
         least = Spread.of([min(each) for each in zip(*factors, strict=True)]).median
-        told = "met" if least >= asked else "missed"
-        lines += ["", f"Of the best of the others: {least:.2f} times the rate; asked: at least {asked:g}: {told}."]
+        told = report.met(least, least=asked)
+        lines += ["", f"Of the best of the others: {least:.2f} times the rate; asked: {told}."]
     return lines
 
 
@@ -215,59 +219,36 @@ def _versions(given: argparse.Namespace) -> list[Version]:
     return [version_at(named[precision]) if named[precision] else newest(precision) for precision in wanted]
 
 
+async def _measure_all(versions: Sequence[Version], peers: Sequence[Peer], pace: Pace) -> list[Measured]:
+    return [await measure(version, peers, pace, say) for version in versions]
+
+
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser = _COMMAND.parser(__doc__)
     parser.add_argument("action", nargs="?", choices=("run", "setup"), default="run")
-    parser.add_argument("--only", default=",".join(peer.package for peer in PEERS), help="some of %(default)s")
     for precision in PRECISIONS:
         text = f"folder of a version in {precision}; default: the newest such in the model repository"
         parser.add_argument(f"--{precision}", type=Path, help=text + ", where neither is named")
-    parser.add_argument("--rounds", type=int, help=f"turns of each (default: {FULL.rounds})")
-    parser.add_argument("--cores", type=int, default=2, help="everything runs on so many (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="see that it runs; the figures mean nothing")
-    parser.add_argument("--output", type=Path, help="where to write; default: results/peers.md for a whole run")
-    given = parser.parse_args(words)
-    wanted = given.only.split(",")
-    if unknown := [name for name in wanted if name not in [peer.package for peer in PEERS]]:
-        parser.error(f"--only: {', '.join(unknown)}; allowed are {', '.join(peer.package for peer in PEERS)}")
-    given.only = [peer for peer in PEERS if peer.package in wanted]
-    return given
-
-
-async def _measure_all(versions: Sequence[Version], peers: Sequence[Peer], pace: Pace) -> list[Measured]:
-    def say(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    return [await measure(version, peers, pace, say) for version in versions]
+    return parser.parse_args(words)
 
 
 def main(words: Sequence[str]) -> None:
     """Install or measure, as the command line says."""
     given = _arguments(words)
-    try:
+    peers = [peer for peer in PEERS if peer.package in given.only]
+    pace = _COMMAND.pace(given)
+    with plainly_ended(*_ERRORS):
         if given.action == "setup":
-            for peer in given.only:
+            for peer in peers:
                 install(peer, print)
             return
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
-        for peer in given.only:
+        take_cores(given.cores)
+        for peer in peers:
             peer.versions()  # says what is missing before anything is measured
-        usual = QUICK if given.quick else FULL
-        pace = Pace(rounds=given.rounds or usual.rounds, warm_seconds=usual.warm_seconds, seconds=usual.seconds)
         versions = _versions(given)
-        measured = asyncio.run(_measure_all(versions, given.only, pace))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except _ERRORS as error:
-        raise SystemExit(str(error)) from error
-    text = _text(measured, given.only, pace, "python -m benchmarks.peers")
-    print(text)
-    is_whole = not given.quick and len(given.only) == len(PEERS) and len(measured) == len(PRECISIONS)
-    output = given.output or (report.RESULTS / "peers.md" if is_whole else None)
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text)
+        measured = asyncio.run(_measure_all(versions, peers, pace))
+    page = _COMMAND.page(given, is_whole=len(measured) == len(PRECISIONS))
+    report.publish(_text(measured, peers, pace, "python -m benchmarks.peers"), page)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,9 @@ class Digits:
 
     def __init__(self) -> None:
         torch.set_num_threads(int(os.environ[_THREADS]))
-        self._model: Any = torch.jit.load(os.environ[_MODEL]).eval()  # type: ignore[no-untyped-call]
+        self._model: Any = torch.jit.load(os.environ[_MODEL]).eval()  # type: ignore[no-untyped-call]  # so in torch
 
-    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=MAX_LATENCY_MS)  # type: ignore[untyped-decorator]
+    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=MAX_LATENCY_MS)  # type: ignore[untyped-decorator]  # unknown here
     def classify(self, images: list[Image.Image]) -> list[int]:
         """Run the model on images of several callers."""
         batch_NHW = np.stack([np.asarray(image.convert("L")) for image in images])

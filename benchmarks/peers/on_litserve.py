@@ -32,7 +32,7 @@ class Digits(ls.LitAPI):  # type: ignore[misc]  # unknown here
     def setup(self, device: str) -> None:
         """Load the model, in the process that runs it."""
         torch.set_num_threads(self._threads)
-        self._model: Any = torch.jit.load(self._file, map_location=device).eval()  # type: ignore[no-untyped-call]
+        self._model: Any = torch.jit.load(self._file, map_location=device).eval()  # type: ignore[no-untyped-call]  # so in torch
 
     def decode_request(self, request: Request) -> NDArray[np.uint8]:
         """Read the image."""

@@ -28,7 +28,7 @@ class Digits:
 
     def __init__(self, model: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        self._model: Any = torch.jit.load(model).eval()  # type: ignore[no-untyped-call]
+        self._model: Any = torch.jit.load(model).eval()  # type: ignore[no-untyped-call]  # so in torch
 
     @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_SECONDS)
     async def classify(self, pngs: list[bytes]) -> list[int]:

@@ -40,7 +40,7 @@ async def serve(started: Future[grpc.aio.Channel]) -> None:
             settings = GatewaySettings(
                 port=0, metrics_port=0, triton=triton.address, model_repository=Path(folder), probe_timeout_seconds=60
             )
-            triton.received, triton.requests = deque(maxlen=1), deque(maxlen=1)  # type: ignore[assignment]
+            triton.received, triton.requests = deque(maxlen=1), deque(maxlen=1)
             async with GatewayServer(settings) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
                 async with ImageClient(gateway.address, timeout_seconds=_SECONDS) as client:
                     await client.wait_ready()

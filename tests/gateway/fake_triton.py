@@ -1,7 +1,7 @@
 """A small Triton that answers what it is told to."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, MutableSequence, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,6 +47,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         failure: Status and text that every ModelInfer ends with, where not ``None``.
         rewrite: Last change to a ModelInferResponse before it is sent.
         version: What it says to be.
+        extensions: What it says it can do.
         gate: ModelInfer waits for it; set it to let answers out. Open at first.
         received: The images of every ModelInfer that arrived, in order of arrival.
         requests: Those requests.
@@ -70,10 +71,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.failure: tuple[grpc.StatusCode, str] | None = None
         self.rewrite: Callable[[Any], None] = lambda response: None
         self.version = "2.51.0"
+        self.extensions: Sequence[str] = ()
         self.gate = asyncio.Event()
         self.gate.set()
-        self.received: list[NDArray[np.uint8]] = []
-        self.requests: list[Any] = []
+        self.received: MutableSequence[NDArray[np.uint8]] = []
+        self.requests: MutableSequence[Any] = []
         self.num_cancelled = 0
         self.arrived = asyncio.Event()
         self._server: grpc.aio.Server | None = None
@@ -116,7 +118,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     async def ServerMetadata(self, request: Any, context: Context) -> Any:
         """Say who it is."""
-        return service_pb2.ServerMetadataResponse(name="triton", version=self.version)
+        return service_pb2.ServerMetadataResponse(name="triton", version=self.version, extensions=self.extensions)
 
     async def RepositoryIndex(self, request: Any, context: Context) -> Any:
         """List ready versions."""
@@ -150,16 +152,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         """Answer as the script says."""
         images = np.frombuffer(request.raw_input_contents[0], np.uint8).reshape(-1, 28, 28)
         self.received.append(images)
-        self.requests.append(request)
-        self.arrived.set()
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.num_cancelled += 1
-            raise
-        await self._check(request.model_name, request.model_version, context)
-        if self.failure is not None:
-            await context.abort(*self.failure)
+        await self._let_in(request, context)
         if len(images) > self.max_batch_size:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -180,6 +173,19 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         )
         self.rewrite(response)
         return response
+
+    async def _let_in(self, request: Any, context: Context) -> None:
+        """Note a ModelInfer, hold it at the gate, and end it where the script has it fail."""
+        self.requests.append(request)
+        self.arrived.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        await self._check(request.model_name, request.model_version, context)
+        if self.failure is not None:
+            await context.abort(*self.failure)
 
     async def _check(self, name: str, version: str, context: Context) -> None:
         if name not in self.models:

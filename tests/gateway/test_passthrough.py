@@ -9,7 +9,8 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway import passthrough
 from gateway.admission import Admission
-from tests.gateway.echo import MAX_ANSWER_BYTES, EchoTriton, Passing, Readiness, passing_through
+from tests.gateway.echo import EchoTriton
+from tests.gateway.passing import MAX_ANSWER_BYTES, Passing, Readiness, passing_through
 
 CODE = grpc.StatusCode
 MOST = 150

@@ -30,8 +30,9 @@ from serving.installation import install
 from serving.triton import EmbeddedTriton
 from tests import node
 from tests.digits import encoded
-from tests.gateway.echo import EchoTriton, Readiness, passing_through
+from tests.gateway.echo import EchoTriton
 from tests.gateway.fake_triton import FakeTriton, label_of
+from tests.gateway.passing import Readiness, passing_through
 from tests.serving.conftest import add_model, add_version, on_free_ports
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -7,9 +9,9 @@ from streamer.plan import Plan
 PLAN = Plan(dataset="mnist", seed=1, epoch=2, world_size=4, rank=3)
 
 
-def checksum(plan: Plan = PLAN, position: int = 5, next_position: int = 7, **other: object) -> int:
-    parts: dict[str, object] = {"indices": np.array([8, 9], np.uint64), "images": b"images", "labels": b"labels"}
-    return batch_checksum(plan, position=position, next_position=next_position, **(parts | other))  # type: ignore[arg-type]
+def checksum(plan: Plan = PLAN, position: int = 5, next_position: int = 7, **other: Any) -> int:
+    parts: dict[str, Any] = {"indices": np.array([8, 9], np.uint64), "images": b"images", "labels": b"labels"}
+    return batch_checksum(plan, position=position, next_position=next_position, **(parts | other))
 
 
 @pytest.mark.parametrize(
@@ -26,8 +28,8 @@ def checksum(plan: Plan = PLAN, position: int = 5, next_position: int = 7, **oth
         {"plan": Plan(dataset="mnist", seed=1, epoch=2, world_size=4, rank=2)},
     ],
 )
-def test_checksum_changes_with_every_part(change: dict[str, object]) -> None:
-    assert checksum(**change) != checksum()  # type: ignore[arg-type]
+def test_checksum_changes_with_every_part(change: dict[str, Any]) -> None:
+    assert checksum(**change) != checksum()
 
 
 def test_checksum_is_the_same_for_arrays_and_their_bytes() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,11 +128,11 @@ def test_broken_stream_is_caught(
     [{"seed": 8}, {"seed": None}, {"fingerprint": b"g" * 32}, {"transform": "noise"}],
     ids=["seed", "file order", "data", "transform"],
 )
-def test_rank_with_another_plan_is_caught(tmp_path: Path, other: dict[str, object]) -> None:
+def test_rank_with_another_plan_is_caught(tmp_path: Path, other: dict[str, Any]) -> None:
     first, second, third = ranks(PLAN, 3)
     train(tmp_path / "0", plan=first)
     train(tmp_path / "1", plan=second)
-    train(tmp_path / "2", plan=replace(third, **other))  # type: ignore[arg-type]
+    train(tmp_path / "2", plan=replace(third, **other))
 
     verdict = verify(tmp_path.iterdir())
     assert counts(verdict) == (33, 0, 33, 0)

@@ -38,7 +38,7 @@ def die_at(number: int) -> None:
 
     os.fsync = mortal(os.fsync)
     os.rename = mortal(os.rename)
-    checkpoint.save_file = mortal(checkpoint.save_file)  # type: ignore[attr-defined]
+    checkpoint.save_file = mortal(checkpoint.save_file)  # type: ignore[attr-defined]  # where it is called from
 
 
 def main(checkpoints: Path) -> None:

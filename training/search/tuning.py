@@ -32,8 +32,7 @@ _SCHEDULER = "scheduler.pkl"
 # Trials stopped at a look: two of three.
 _REDUCTION_FACTOR = 3
 _USUAL_CPUS = 4
-# Ray declares str and compares with these.
-_RESUMING = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)  # type: ignore[arg-type]
+_RESUMING = tune.ResumeConfig(errored=tune.ResumeConfig.ResumeType.RESUME)  # type: ignore[arg-type]  # Ray declares str and compares with these
 
 Observer = Callable[[tuple[Trial, ...]], None]
 """Told all trials, in the order of their beginning, whenever one of them has changed."""
@@ -175,8 +174,8 @@ def _mode(search: Search) -> str:
 
 def _resources(search: Search) -> dict[str, float]:
     """Return what a trial gets, and refuse what no machine of the cluster has: Ray would wait for it for ever."""
-    here: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    here: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray leaves it untyped
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # Ray leaves it untyped
     cpus = search.resources.cpus or min(_USUAL_CPUS, int(max(node.get("CPU", 1) for node in nodes)))
     gpus = search.resources.gpus
     wanted: dict[str, float] = {"CPU": cpus, "GPU": min(1.0, here.get("GPU", 0.0)) if gpus is None else gpus}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import numpy as np
@@ -159,9 +160,12 @@ def test_strided_images_are_taken_too(images: NDArray[np.uint8]) -> None:
 def test_images_of_another_shape_or_type_are_refused() -> None:
     transform = parse("augment-v1", image_shape=SHAPE)
 
-    for wrong in (np.zeros((2, 28, 27), np.uint8), np.zeros((3, *SHAPE), np.uint8), np.zeros((2, *SHAPE), np.int8)):
+    wrong: list[NDArray[Any]] = [
+        *(np.zeros((2, 28, 27), np.uint8), np.zeros((3, *SHAPE), np.uint8), np.zeros((2, *SHAPE), np.int8))
+    ]
+    for images in wrong:
         with pytest.raises(ValueError, match="expected uint8 of shape"):
-            transform.apply(wrong, np.arange(2), seed=1, epoch=0)  # type: ignore[arg-type]
+            transform.apply(images, np.arange(2), seed=1, epoch=0)
 
 
 ERRORS = [

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.overload import Call, arrivals_of, settled
+from benchmarks.surge import Call, arrivals_of, settled
 from loadtest.tally import DEADLINE_EXCEEDED, Tally, Verdict
 
 
