@@ -39,7 +39,7 @@ def reload_pause(num_reloads: int, first_seconds: float) -> float:
     """Return how long a model is left alone that was loaded so often in vain: each time twice as long, to 5 minutes."""
     if not num_reloads:
         return 0.0
-    return min(first_seconds * 2 ** min(num_reloads - 1, _MAX_DOUBLINGS), _LONGEST_RELOAD_PAUSE_SECONDS)
+    return min(first_seconds * 2.0 ** min(num_reloads - 1, _MAX_DOUBLINGS), _LONGEST_RELOAD_PAUSE_SECONDS)
 
 
 @dataclass(slots=True)

@@ -68,11 +68,14 @@ def run(options: RouteOptions, *, report: Report) -> list[str]:
             raise SettingsError("--clear: takes the whole route away; leave --default and --canary out")
         _clear(repository, options.model)
         return [asyncio.run(_followed(options, None))]
-    route = _wanted(repository, options.model, options)
+    before = _before(repository, options.model)
+    route = _wanted(before, options)
     _require_published(repository / options.model, route)
     # First loaded, then routed to: no caller is to find it missing.
     asyncio.run(load_also(repository, options.model, route.versions, options.triton, report))
     write(repository, options.model, route)
+    if before is not None and set(before.canary) - set(route.canary):
+        report(f"{options.model}: canary {_canaries(before)} is over; --default takes --canary again to go on with it")
     return [asyncio.run(_followed(options, route))]
 
 
@@ -97,14 +100,24 @@ def _clear(repository: Path, model: str) -> None:
     versions.sync(repository)
 
 
-def _wanted(repository: Path, model: str, options: RouteOptions) -> Route:
-    canaries = dict(map(_canary, options.canary))
+def _before(repository: Path, model: str) -> Route | None:
+    """Return the route that there is; a damaged one says nothing, and is about to be replaced."""
+    try:
+        return Route.parse(path_of(repository, model).read_bytes())
+    except (FileNotFoundError, RouteError):
+        return None
+
+
+def _wanted(before: Route | None, options: RouteOptions) -> Route:
+    canaries = dict[int, float]()
+    for version, share in map(_canary, options.canary):
+        if version in canaries:
+            raise SettingsError(f"--canary {version}: given twice")
+        canaries[version] = share
     if options.default is not None:
         return Route.of(options.default, canaries)
-    try:
-        before = Route.parse(path_of(repository, model).read_bytes())
-    except FileNotFoundError:
-        raise SettingsError("--canary: needs --default too, the version that gets the rest") from None
+    if before is None:
+        raise SettingsError("--canary: needs --default too, the version that gets the rest")
     return Route.of(before.default, canaries)
 
 

@@ -86,6 +86,14 @@ async def test_route_is_set_where_no_gateway_answers(repository: Path) -> None:
         await route(server="127.0.0.1:1")
 
 
+async def test_canary_that_a_new_default_ends_is_told(repository: Path) -> None:
+    await route(model="mnist", default=1, canary=["2=10%"])
+    told: list[str] = []
+    await asyncio.to_thread(run, RouteOptions(model="mnist", default=3), report=told.append)
+
+    assert told[-1] == "mnist: canary 2=10% is over; --default takes --canary again to go on with it"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -93,6 +101,7 @@ async def test_route_is_set_where_no_gateway_answers(repository: Path) -> None:
         ({"model": "mnist", "clear": True, "default": 1}, SettingsError, "--clear: takes the whole route away"),
         ({"model": "mnist", "canary": ["1=5%"]}, SettingsError, "--canary: needs --default too"),
         ({"model": "mnist", "default": 1, "canary": ["2"]}, SettingsError, "--canary 2: has to be VERSION=SHARE"),
+        ({"model": "mnist", "default": 1, "canary": ["2=5%", "2=9%"]}, SettingsError, "--canary 2: given twice"),
         ({"model": "mnist", "default": 1, "canary": ["2=100%"]}, RouteError, "canary.2: .* less than 1"),
         ({"model": "mnist", "default": 1, "canary": ["1=5%"]}, RouteError, "canary: version 1 is the default already"),
         ({"model": "mnist", "default": 9}, RouteError, "mnist: no version 9; published are 1, 2, 3"),
