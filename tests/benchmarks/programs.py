@@ -27,7 +27,7 @@ def paced(seconds: float) -> Work:
 
     def work(window: Window) -> None:
         while not window.add(1):
-            time.sleep(seconds)
+            time.sleep(seconds)  # the work of an item
 
     return work
 
@@ -43,9 +43,11 @@ def dies() -> Work:
 
 
 def hangs(fifo: str) -> Work:
-    """Never come to an end, nor what it starts, which holds the pipe open."""
+    """Never come to an end, nor what it starts, which holds the pipe open until it is killed."""
     held = os.open(fifo, os.O_WRONLY)
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], pass_fds=[held])
+    # Ends by itself at last, should even the test be killed.
+    waits = "import signal; signal.alarm(300); signal.pause()"
+    child = subprocess.Popen([sys.executable, "-c", waits], pass_fds=[held])
 
     def work(window: Window) -> None:
         child.wait()

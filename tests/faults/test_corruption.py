@@ -152,8 +152,10 @@ async def test_bit_flipped_in_a_message_changes_nothing_of_the_epoch(server: Str
 )
 def test_bit_flipped_anywhere_in_a_connection_is_never_delivered(seed: int) -> None:
     """
-    In processes of their own, as some damaged headers crash gRPC itself (seen with grpcio 1.85): a wrong path now and
-    then, an error code of GOAWAY that it does not know each time. Who is dead delivers nothing: the others go on.
+    In processes of their own, as some damaged headers crash gRPC itself (seen with grpcio 1.85).
+
+    A wrong path does so now and then, an error code of GOAWAY that it does not know each time. Who is dead delivers
+    nothing: the others go on.
     """
     tried: set[int] = set()
     for _ in range(3):

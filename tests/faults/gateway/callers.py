@@ -1,6 +1,7 @@
 """Callers who know what is right, and what health told them meanwhile."""
 
 import asyncio
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import grpc
 import numpy as np
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
@@ -26,6 +28,8 @@ _PATIENCE_SECONDS = 90.0
 # Between two calls of one that was refused; who asks again at once measures himself.
 _PAUSE_SECONDS = 0.02
 
+_seeds = itertools.count(7_000_000_000)
+
 
 def image_of(pixels: NDArray[np.uint8]) -> pb.Image:
     """Return 28x28 pixels, uint8, as a message that is classified just as they are."""
@@ -41,6 +45,24 @@ def request_of(pixels: NDArray[np.uint8]) -> pb.ClassifyRequest:
 def noise(seed: int) -> NDArray[np.uint8]:
     """Return 28x28 pixels that no other seed gives."""
     return np.random.default_rng(seed).integers(1, 256, (28, 28), np.uint8)
+
+
+def fresh() -> NDArray[np.uint8]:
+    """Return 28x28 pixels that were never asked before."""
+    return noise(next(_seeds))
+
+
+async def refusal(call: Any) -> tuple[grpc.aio.AioRpcError, float]:
+    """Return what a call fails with, and after how many seconds."""
+    started = time.monotonic()
+    with pytest.raises(grpc.aio.AioRpcError) as failed:
+        await call
+    return failed.value, time.monotonic() - started
+
+
+def tally(codes: Counter[str]) -> str:
+    """Return how often each status came, the most frequent first: ``7 OK, 2 UNAVAILABLE``."""
+    return ", ".join(f"{number} {code}" for code, number in codes.most_common())
 
 
 @dataclass(frozen=True, slots=True)

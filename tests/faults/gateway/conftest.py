@@ -1,14 +1,21 @@
 """A gateway in a process of its own, in front of a Triton in this one."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import pytest_asyncio
 
-from tests.faults.gateway.process import Gateway
+from protos.gateway.v1.image_service_pb2_grpc import ImageServiceStub
+from tests.faults.gateway.asker import Asker
+from tests.faults.gateway.process import Gateway, started
+from tests.faults.gateway.standin import StandIn
 from tests.faults.report import Row, note
 from tests.gateway.fake_triton import FakeTriton
+
+GatewayOf = Callable[..., Gateway]
+Measured = Callable[..., Row]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -18,30 +25,57 @@ async def triton() -> AsyncIterator[FakeTriton]:
         yield server
 
 
+@pytest_asyncio.fixture(loop_scope="module")
+async def stand_in() -> AsyncIterator[StandIn]:
+    """One more Triton, in a process of its own."""
+    async with started(StandIn()) as process:
+        yield process
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def gateway(triton: FakeTriton, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
     """Of all tests of a file: serving, with the default settings."""
     folder = tmp_path_factory.mktemp("gateway")
-    process = Gateway(triton.address, folder / "gateway.log", "--model-repository", str(folder))
-    try:
-        await process.start()
+    async with started(Gateway(triton.address, folder / "gateway.log", "--model-repository", str(folder))) as process:
         yield process
-    finally:
-        process.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def unprobed(triton: FakeTriton, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    """As :func:`gateway`, with a probe that leaves what arrives at Triton to the tests."""
+    folder = tmp_path_factory.mktemp("unprobed")
+    options = ("--model-repository", str(folder), "--probe-interval-seconds", "3600")
+    async with started(Gateway(triton.address, folder / "gateway.log", *options)) as process:
+        yield process
 
 
 @pytest.fixture
-def start_gateway(triton: FakeTriton, tmp_path: Path) -> Callable[..., Gateway]:
-    """Make one more gateway, with the options given; to be started and closed by the test."""
+def gateway_of(tmp_path: Path) -> Iterator[GatewayOf]:
+    """Make a gateway in front of a Triton or several, with the options given; to be started by the test."""
+    made: list[Gateway] = []
 
-    def make(*options: str) -> Gateway:
-        return Gateway(triton.address, tmp_path / "gateway.log", "--model-repository", str(tmp_path), *options)
+    def make(tritons: str, *options: str) -> Gateway:
+        log = tmp_path / f"gateway-{len(made)}.log"
+        made.append(Gateway(tritons, log, "--model-repository", str(tmp_path), *options))
+        return made[-1]
 
-    return make
+    yield make
+    for gateway in made:
+        gateway.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def ask(unprobed: Gateway, triton: FakeTriton) -> AsyncIterator[Asker]:
+    """Of a gateway that is well before and after."""
+    await unprobed.check()
+    options = [("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(unprobed.address, options=options) as channel:
+        yield Asker(ImageServiceStub(channel), triton, unprobed)
+    await unprobed.check()
 
 
 @pytest.fixture
-def measured(request: pytest.FixtureRequest) -> Callable[..., Row]:
+def measured(request: pytest.FixtureRequest) -> Measured:
     """
     Say which row of docs/faults.md a test is.
 

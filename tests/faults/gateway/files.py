@@ -1,10 +1,19 @@
-"""Image files that nobody's program writes, put together byte by byte."""
+"""Image files: one as programs write it, and others that no program writes, put together byte by byte."""
 
 import struct
 import zlib
 
+from PIL import Image
+
+from tests.digits import encoded, seven
+
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _SIDE = 28
+
+
+def seven_as(kind: str = "PNG") -> bytes:
+    """Return a seven, 28x28 and grey, in a format of Pillow's."""
+    return encoded(Image.fromarray(seven()), kind)
 
 
 def chunk(kind: bytes, body: bytes) -> bytes:

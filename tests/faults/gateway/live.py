@@ -15,7 +15,7 @@ import grpc
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.digits import seven
-from tests.faults.gateway.process import Cost, Gateway, Meter
+from tests.faults.gateway.process import PATIENCE_SECONDS, Cost, Gateway, Meter
 from tests.faults.report import Row
 
 _PER_SECOND = 50
@@ -57,6 +57,7 @@ class Live:
         self._request = pb.ClassifyRequest(image=pb.Image(raw=raw))
         self._took: list[float] = []
         self._calls: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
         self._ticking: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -69,7 +70,7 @@ class Live:
     ) -> None:
         assert self._ticking is not None
         if error is None:
-            await asyncio.sleep(max(0, _LEAST_CALLS - len(self._took) - len(self._calls)) / _PER_SECOND)
+            await self.ended(_LEAST_CALLS - len(self._took))
         self._ticking.cancel()
         await asyncio.wait((self._ticking, *self._calls))
         await self._channel.close()
@@ -84,6 +85,14 @@ class Live:
             took[min(len(took) - 1, int(0.99 * len(took)))],
         )
 
+    async def ended(self, num_calls: int) -> None:
+        """Wait until so many more calls have ended."""
+        wanted = len(self._took) + num_calls
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while len(self._took) < wanted:
+                self._ended.clear()
+                await self._ended.wait()
+
     async def _tick(self) -> None:
         stub: Any = ImageServiceStub(self._channel)
         due = time.monotonic()
@@ -92,7 +101,7 @@ class Live:
             self._calls.add(call)
             call.add_done_callback(self._calls.discard)
             due += 1 / _PER_SECOND
-            await asyncio.sleep(due - time.monotonic())
+            await asyncio.sleep(due - time.monotonic())  # at fixed times
 
     async def _call(self, stub: Any) -> None:
         started = time.monotonic()
@@ -102,6 +111,7 @@ class Live:
             self.failures.append(f"{error.code().name}: {error.details()}")
         finally:
             self._took.append(time.monotonic() - started)
+            self._ended.set()
 
 
 class Fault:

@@ -7,10 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from gateway.asking.failures import OverloadedError
 from gateway.client import ImageClient
@@ -20,12 +21,15 @@ from tests.gateway.fake_triton import label_of
 
 ROOT = Path(__file__).resolve().parents[3]
 MEBI = 1 << 20
+# For machines ten times slower than most.
+PATIENCE_SECONDS = 60.0
 
-_TRIES = 600
+T = TypeVar("T")
+P = TypeVar("P", bound="Process")
+
+_LOOK_SECONDS = 0.05
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-# For machines ten times slower than most.
-_PATIENCE_SECONDS = 60.0
 _PEAK = re.compile(r"^VmHWM:\s+(\d+) kB", re.MULTILINE)
 _HANDED_DOWN = {"SLUICE_READY_FD", "SLUICE_PARENT_PID"}
 
@@ -155,26 +159,24 @@ class Gateway:
     async def check(self) -> None:
         """Fail unless it reports that it serves, and answers what is right."""
         image = seven()
-        async with ImageClient(self.address, timeout_seconds=_PATIENCE_SECONDS) as client:
+        async with ImageClient(self.address, timeout_seconds=PATIENCE_SECONDS) as client:
             await client.wait_ready()
             answer = await client.classify(image)
         assert answer.label == label_of(image)
 
     async def recover(self) -> None:
         """Wait until :meth:`check` passes where the gateway is overloaded at first."""
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
                     return await self.check()
-                except OverloadedError:
-                    await asyncio.sleep(0.1)  # it refuses at once, and tells nobody when it takes calls again
+                except OverloadedError as error:
+                    await asyncio.sleep(error.retry_after_seconds)  # as it asks its callers to
 
     async def drop_to(self, num_fds: int) -> int:
-        """Wait until no more files are open than these, and return how many are; the gateway tells nobody."""
-        for _ in range(_TRIES):
-            if self.num_fds <= num_fds:
-                break
-            await asyncio.sleep(_PATIENCE_SECONDS / _TRIES)
+        """Wait until no more files are open than these, or for as long as is usual, and return how many are."""
+        with suppress(TimeoutError):
+            await until(lambda: self.num_fds <= num_fds)
         return self.num_fds
 
     async def ended_within(self, seconds: float) -> int | None:
@@ -197,6 +199,32 @@ class Gateway:
             pid = waiting.pop()
             yield pid
             waiting += map(int, _read(pid, f"task/{pid}/children").split())
+
+
+class Process(Protocol):
+    """What :func:`started` starts and ends."""
+
+    async def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@asynccontextmanager
+async def started(process: P) -> AsyncIterator[P]:
+    """Start it, from the main thread, and kill it in the end."""
+    try:
+        await process.start()
+        yield process
+    finally:
+        process.close()
+
+
+async def until(look: Callable[[], T | None], *, within_seconds: float = PATIENCE_SECONDS) -> T:
+    """Wait until a look at what another process holds, counts or logs finds something, and return that."""
+    async with asyncio.timeout(within_seconds):
+        while not (found := look()):  # noqa: ASYNC110 - of another process, which tells nobody
+            await asyncio.sleep(_LOOK_SECONDS)
+    return found
 
 
 def _read(pid: int, name: str) -> str:

@@ -12,11 +12,8 @@ from gateway.client import ClientTls, ImageClient
 from rpc.keys import add_key
 from tests.certificates import server_files, write, write_ca
 from tests.digits import seven
-from tests.faults.gateway.process import Gateway
+from tests.faults.gateway.process import PATIENCE_SECONDS, Gateway
 from tests.gateway.fake_triton import label_of
-
-# For machines ten times slower than most.
-_PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ class SecuredGateway(Gateway):
         """Fail unless it reports that it serves, and answers what is right."""
         image = seven()
         async with ImageClient(
-            self.address, tls=self._party.tls, api_key=self._party.key, timeout_seconds=_PATIENCE_SECONDS
+            self.address, tls=self._party.tls, api_key=self._party.key, timeout_seconds=PATIENCE_SECONDS
         ) as client:
             await client.wait_ready()
             answer = await client.classify(image)
@@ -90,7 +87,7 @@ async def running(triton: str, party: Party, *options: str) -> AsyncIterator[Sec
     """Start one, and kill it at the end."""
     gateway = SecuredGateway(triton, party.folder / "gateway.log", party, *options)
     try:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await gateway.start()
         yield gateway
     finally:

@@ -69,7 +69,7 @@ class StandIn:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def kill(self) -> None:
+    def close(self) -> None:
         """SIGKILL, and wait until it is gone; nothing where it is gone already."""
         if self._process is not None:
             self._process.kill()
@@ -85,7 +85,7 @@ class _Slow(FakeTriton):
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         """Answer after the batches before it."""
         async with self._instance:
-            await asyncio.sleep(self._batch_seconds)
+            await asyncio.sleep(self._batch_seconds)  # what an inference takes
             response = await super().ModelInfer(request, context)
         # What a test in this process would look at would only grow here.
         self.received.clear()

@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,40 @@ from numpy.typing import NDArray
 from rpc.settings import cache_folder
 from serving.installation import install
 from sluice.supervisor import Service, Supervisor
-from tests.faults.gateway.callers import NOT_SERVING, SERVING, Callers, HealthRecord
-from tests.faults.gateway.process import Gateway
+from tests.faults.gateway.callers import NOT_SERVING, SERVING, Callers, HealthRecord, tally
+from tests.faults.gateway.conftest import Measured
+from tests.faults.gateway.process import Gateway, until
 from tests.faults.report import Row
 from tests.gateway.fake_triton import FakeTriton, confident
 from tests.serving.conftest import add_model, add_version, free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.triton, pytest.mark.asyncio(loop_scope="module")]
 
-Measured = Callable[..., Row]
 PROMISED = "NOT_SERVING within 2 s, SERVING within 10 s of the cause's end, wrongly SERVING for 2 s at most"
+
+
+# For a server that starts, loads its model and answers, on a machine ten times slower than most.
+MENDED_SECONDS = 100.0
+
+
+class Reports:
+    """What a supervisor reports, and when."""
+
+    def __init__(self) -> None:
+        self._told: list[tuple[float, str]] = []
+        self._came = asyncio.Event()
+
+    def add(self, text: str) -> None:
+        self._told.append((time.monotonic(), text))
+        self._came.set()
+
+    async def of(self, words: str, since: float) -> float:
+        """Wait for a report with these words after a moment, and return when it came, by the monotonic clock."""
+        async with asyncio.timeout(MENDED_SECONDS):
+            while not (moments := [at for at, text in self._told if at > since and words in text]):
+                self._came.clear()
+                await self._came.wait()
+        return moments[0]
 
 
 @dataclass
@@ -45,8 +69,8 @@ class Line:
     gateway: Gateway
     module: Any
     log: Path
-    said: list[tuple[float, str]] = field(default_factory=list)
-    """What the supervisor reported, by the monotonic clock."""
+    reports: Reports
+    """The supervisor's."""
 
     def label_of(self, pixels: NDArray[np.uint8]) -> int:
         """Return what the model takes 28x28 pixels for."""
@@ -64,15 +88,15 @@ class Line:
                     return int(entry.name)
         raise AssertionError(f"no {program} runs")
 
-    def moment(self, event: str, since: float) -> float:
-        """Return when, by the monotonic clock, Triton's keeper logged an event; ``since`` where it did not."""
+    def moment(self, event: str, since: float) -> float | None:
+        """Return when, by the monotonic clock, Triton's keeper logged an event after a moment; ``None``: not yet."""
         offset = time.time() - time.monotonic()
         for line in self.log.read_text().splitlines():
             if f'"event": "{event}"' in line:
                 at = datetime.fromisoformat(line.partition('"timestamp": "')[2][:27]).timestamp() - offset
                 if at > since:
                     return at
-        return since
+        return None
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -81,16 +105,16 @@ async def line(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Line]:
     await install(cache_folder(), print)
     add_model(folder / "models", "mnist")
     module = add_version(folder / "models", "mnist", 1)
-    said: list[tuple[float, str]] = []
+    reports = Reports()
     ports = {f"--{name.replace('_', '-')}": str(port) for name, port in free_ports().items()}
     options = {**ports, "--model-repository": str(folder / "models"), "--log-file": str(folder / "server.log")}
     triton = Service(name="triton", arguments=["triton", *itertools.chain(*options.items())], ready_seconds=100)
-    async with Supervisor(folder / "logs", lambda text: said.append((time.monotonic(), text))) as supervisor:
+    async with Supervisor(folder / "logs", reports.add) as supervisor:
         address = await supervisor.start(triton)
         gateway = Gateway(address, folder / "gateway.log", "--model-repository", str(folder / "models"))
         try:
             await gateway.listen()
-            yield Line(supervisor, gateway, module, folder / "logs" / "triton.log", said)
+            yield Line(supervisor, gateway, module, folder / "logs" / "triton.log", reports)
         finally:
             gateway.close()
 
@@ -130,7 +154,7 @@ async def endure(
     row.add("the cause ended after", f"{mended - broken:.2f} s")
     row.add("SERVING", f"{max(0.0, serving - mended):.2f} s after that")
     row.add("wrongly SERVING for", f"{wrongly:.2f} s")
-    row.add("calls", ", ".join(f"{number} {code}" for code, number in codes.most_common()))
+    row.add("calls", tally(codes))
     assert callers.num_wrong == 0
     assert set(codes) <= {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "INTERNAL"}
     assert max(call.seconds for call in callers.calls) < 20
@@ -145,10 +169,7 @@ async def test_struck_stub(line: Line, measured: Measured, name: str, blow: sign
     stub = line.process("triton_python_backend_stub")
 
     async def reloaded(broken: float) -> float:
-        async with asyncio.timeout(100):
-            while (at := line.moment("model reloaded", broken)) == broken:  # noqa: ASYNC110 - told in a file
-                await asyncio.sleep(0.05)
-        return at
+        return await until(lambda: line.moment("model reloaded", broken), within_seconds=MENDED_SECONDS)
 
     server = line.process("tritonserver")
     await endure(line, row, lambda: os.kill(stub, blow), reloaded)
@@ -159,15 +180,9 @@ async def test_killed_triton(line: Line, measured: Measured) -> None:
     row = measured("U17", fault="Triton's server gets SIGKILL; its supervisor starts it again", promised=PROMISED)
     server = line.process("tritonserver")
 
-    async def back(broken: float) -> float:
-        async with asyncio.timeout(100):
-            while True:
-                for at, text in line.said:
-                    if at > broken and "is back on" in text:
-                        return at
-                await asyncio.sleep(0.05)
-
-    await endure(line, row, lambda: os.kill(server, signal.SIGKILL), back)
+    await endure(
+        line, row, lambda: os.kill(server, signal.SIGKILL), lambda broken: line.reports.of("is back on", broken)
+    )
 
 
 async def test_stopped_triton(line: Line, measured: Measured) -> None:
@@ -175,7 +190,7 @@ async def test_stopped_triton(line: Line, measured: Measured) -> None:
     server = line.process("tritonserver")
 
     async def continued(broken: float) -> float:
-        await asyncio.sleep(max(0.0, broken + 8 - time.monotonic()))
+        await asyncio.sleep(max(0.0, broken + 8 - time.monotonic()))  # so long is the fault
         os.kill(server, signal.SIGCONT)
         return time.monotonic()
 
@@ -194,7 +209,7 @@ async def test_poisoned_model(triton: FakeTriton, gateway: Gateway, measured: Me
         triton.answer = lambda images: confident(images) * np.nan
         broken = time.monotonic()
         noticed = await health.becomes(NOT_SERVING, since=broken)
-        await asyncio.sleep(max(0.0, broken + 4 - time.monotonic()))
+        await asyncio.sleep(max(0.0, broken + 4 - time.monotonic()))  # so long is the fault
         triton.answer = confident
         mended = time.monotonic()
         serving = await health.becomes(SERVING, since=mended)
@@ -204,7 +219,7 @@ async def test_poisoned_model(triton: FakeTriton, gateway: Gateway, measured: Me
     row.add("NOT_SERVING after", f"{noticed:.2f} s")
     row.add("SERVING", f"{serving:.2f} s after its end")
     row.add("wrongly SERVING for", f"{health.seconds(SERVING, broken, mended):.2f} s")
-    row.add("calls", ", ".join(f"{number} {code}" for code, number in codes.most_common()))
+    row.add("calls", tally(codes))
     assert callers.num_wrong == 0
     assert set(codes) <= {"OK", "UNAVAILABLE", "INTERNAL"}
     assert noticed < 20

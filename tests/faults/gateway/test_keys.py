@@ -23,9 +23,10 @@ from rpc.access import key_metadata
 from rpc.keys import add_key, load_keys
 from rpc.tls import open_channel
 from tests.digits import seven
+from tests.faults.gateway.callers import tally
+from tests.faults.gateway.conftest import Measured
 from tests.faults.gateway.process import MEBI
 from tests.faults.gateway.secured import Party, party, running
-from tests.faults.report import Row
 from tests.gateway.fake_triton import FakeTriton
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -52,7 +53,7 @@ def guesses(us: Party, count: int) -> list[str]:
     return [kinds[number % len(kinds)]() for number in range(count)]
 
 
-async def test_brute_force(triton: FakeTriton, tmp_path: Path, measured: Callable[..., Row]) -> None:
+async def test_brute_force(triton: FakeTriton, tmp_path: Path, measured: Measured) -> None:
     """A4. A thousand calls with wrong keys, and one with the right one from the same address."""
     row = measured(
         "A4",
@@ -83,7 +84,7 @@ async def test_brute_force(triton: FakeTriton, tmp_path: Path, measured: Callabl
         assert not any(guess in text for guess in wrong)
         grown = gateway.rss_bytes - rss
     assert grown < 32 * MEBI
-    row.add("refused", ", ".join(f"{count} {name}" for name, count in codes.most_common()))
+    row.add("refused", tally(codes))
     row.add("median", f"{statistics.median(took) * 1000:.1f} ms")
     row.add("memory", f"{grown / MEBI:+.1f} MiB")
 
@@ -98,7 +99,8 @@ class SlowTriton(FakeTriton):
     async def ModelInfer(self, request: Any, context: Any) -> service_pb2.ModelInferResponse:
         """Answer after that time."""
         async with self._one:
-            await asyncio.sleep(0.002 + 0.004 * (len(request.raw_input_contents[0]) / 784))
+            num_images = len(request.raw_input_contents[0]) / 784
+            await asyncio.sleep(0.002 + 0.004 * num_images)  # what the inference takes
         return await super().ModelInfer(request, context)
 
 
@@ -117,12 +119,12 @@ async def paced(us: Party, address: str, key: str, *, rate: float, seconds: floa
         for _ in range(int(rate * seconds)):
             calls.append(asyncio.create_task(one(stub)))
             due += 1 / rate
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            await asyncio.sleep(max(0.0, due - time.monotonic()))  # at fixed times
         await asyncio.gather(*calls)
     return sorted(took), len(calls) - len(took)
 
 
-async def test_noisy_tenant(tmp_path: Path, measured: Callable[..., Row]) -> None:
+async def test_noisy_tenant(tmp_path: Path, measured: Measured) -> None:
     """A7. One key calls at twenty times the rate of another, which is more than there is room for."""
     row = measured(
         "A7",
@@ -153,7 +155,7 @@ def p99(took: list[float]) -> float:
     return took[min(len(took) - 1, int(0.99 * len(took)))]
 
 
-async def test_secrets_in_output(triton: FakeTriton, tmp_path: Path, measured: Callable[..., Row]) -> None:
+async def test_secrets_in_output(triton: FakeTriton, tmp_path: Path, measured: Measured) -> None:
     """A8. Log, metrics and answers of a gateway that was called rightly, wrongly, and while its Triton failed."""
     row = measured(
         "A8",

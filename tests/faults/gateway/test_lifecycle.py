@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +25,23 @@ from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1.image_service_pb2_grpc import ImageServiceStub
 from sluice.readiness import environment
 from tests.digits import encoded
-from tests.faults.gateway.callers import NOT_SERVING, Callers, HealthRecord, noise, request_of
-from tests.faults.gateway.process import ROOT, Gateway
+from tests.faults.gateway.callers import NOT_SERVING, Callers, HealthRecord, noise, request_of, tally
+from tests.faults.gateway.conftest import GatewayOf, Measured
+from tests.faults.gateway.process import PATIENCE_SECONDS, ROOT, started
 from tests.faults.gateway.standin import StandIn
-from tests.faults.report import Row
 from tests.gateway.fake_triton import FakeTriton
 from tests.scraping import scrape
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-Measured = Callable[..., Row]
-PATIENCE_SECONDS = 60.0
 NUM_KILLS = 10
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def slow_triton() -> AsyncIterator[StandIn]:
     """Takes 0.1 s a batch, so that something is under way at any moment."""
-    process = StandIn(batch_seconds=0.1)
-    try:
-        await process.start()
+    async with started(StandIn(batch_seconds=0.1)) as process:
         yield process
-    finally:
-        process.kill()
-
-
-@pytest.fixture
-def gateway_of(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
-    """Make a gateway in front of a Triton, with the options given; to be started by the test."""
-    made: list[Gateway] = []
-
-    def make(triton: str, *options: str) -> Gateway:
-        log = tmp_path / f"gateway-{len(made)}.log"
-        made.append(Gateway(triton, log, "--model-repository", str(tmp_path), *options))
-        return made[-1]
-
-    yield make
-    for gateway in made:
-        gateway.close()
 
 
 def free_port() -> int:
@@ -84,7 +63,7 @@ async def command(*options: str, **variables: str) -> tuple[int, str, float]:
 
 
 async def test_sigterm_under_load_loses_no_call(
-    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
+    slow_triton: StandIn, gateway_of: GatewayOf, measured: Measured
 ) -> None:
     """L1: SIGTERM under load."""
     row = measured(
@@ -106,7 +85,7 @@ async def test_sigterm_under_load_loses_no_call(
     let_in = Counter(line["code"] for line in gateway.lines() if line["event"] == "rpc")
     codes = callers.codes()
     row.add("NOT_SERVING after", f"{noticed * 1000:.0f} ms")
-    row.add("let in", ", ".join(f"{number} {code}" for code, number in let_in.most_common()))
+    row.add("let in", tally(let_in))
     row.add("refused", ", ".join(f"{number} {code}" for code, number in codes.items() if code != "OK"))
     row.add("exit", f"{status} after {ended:.2f} s")
     assert status == 0
@@ -118,7 +97,7 @@ async def test_sigterm_under_load_loses_no_call(
 
 
 async def test_stuck_stream_is_ended_at_the_grace(
-    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
+    slow_triton: StandIn, gateway_of: GatewayOf, measured: Measured
 ) -> None:
     """L2: SIGTERM with a stream that never ends."""
     row = measured(
@@ -147,9 +126,7 @@ async def test_stuck_stream_is_ended_at_the_grace(
 
 
 @pytest.mark.slow
-async def test_killed_gateway_is_found_again(
-    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
-) -> None:
+async def test_killed_gateway_is_found_again(slow_triton: StandIn, gateway_of: GatewayOf, measured: Measured) -> None:
     """L4: SIGKILL and another start, again and again."""
     row = measured(
         "L4",
@@ -181,7 +158,7 @@ async def test_killed_gateway_is_found_again(
 
 @pytest.mark.slow
 async def test_large_images_do_not_hold_the_loop_up(
-    slow_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
+    slow_triton: StandIn, gateway_of: GatewayOf, measured: Measured
 ) -> None:
     """L6: a storm of images that take long to decode."""
     row = measured(
@@ -211,7 +188,7 @@ async def test_large_images_do_not_hold_the_loop_up(
             started = time.monotonic()
             await health.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=PATIENCE_SECONDS)
             took.append(time.monotonic() - started)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # who asks at once again adds to the load that is measured
         for task in storm:
             task.cancel()
         await asyncio.wait(storm)

@@ -6,7 +6,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +22,14 @@ from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1.image_service_pb2_grpc import ImageServiceStub
 from tests.digits import encoded
 from tests.faults.gateway.callers import noise, request_of
+from tests.faults.gateway.conftest import GatewayOf, Measured
 from tests.faults.gateway.live import Live
-from tests.faults.gateway.process import MEBI, Gateway
+from tests.faults.gateway.process import MEBI, Gateway, started
 from tests.faults.gateway.standin import StandIn
 from tests.faults.gateway.wire import socket_to
-from tests.faults.report import Row
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="module")]
 
-Measured = Callable[..., Row]
-PATIENCE_SECONDS = 60.0
 _CGROUP = Path("/sys/fs/cgroup/memory")
 # Batches of 8, each 0.1 s.
 _CAPACITY = 80
@@ -40,26 +38,8 @@ _CAPACITY = 80
 @pytest_asyncio.fixture(loop_scope="module")
 async def small_triton() -> AsyncIterator[StandIn]:
     """Answers 80 images a second, and not one more."""
-    process = StandIn(batch_seconds=0.1, max_batch_size=8)
-    try:
-        await process.start()
+    async with started(StandIn(batch_seconds=0.1, max_batch_size=8)) as process:
         yield process
-    finally:
-        process.kill()
-
-
-@pytest.fixture
-def gateway_of(tmp_path: Path) -> Iterator[Callable[..., Gateway]]:
-    """Make a gateway in front of a Triton, with the options given; to be started by the test."""
-    made: list[Gateway] = []
-
-    def make(triton: str, *options: str) -> Gateway:
-        made.append(Gateway(triton, tmp_path / "gateway.log", "--model-repository", str(tmp_path), *options))
-        return made[-1]
-
-    yield make
-    for gateway in made:
-        gateway.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +73,7 @@ async def offer(stub: Any, per_second: float, seconds: float) -> Offered:
     calls = set[asyncio.Task[None]]()
     start = time.monotonic()
     for number in range(round(per_second * seconds)):
-        await asyncio.sleep(start + number / per_second - time.monotonic())
+        await asyncio.sleep(start + number / per_second - time.monotonic())  # at fixed times
         calls.add(asyncio.create_task(call(number)))
     await asyncio.gather(*calls)
     return Offered(
@@ -103,9 +83,7 @@ async def offer(stub: Any, per_second: float, seconds: float) -> Offered:
     )
 
 
-async def test_overload_costs_little_goodput(
-    small_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
-) -> None:
+async def test_overload_costs_little_goodput(small_triton: StandIn, gateway_of: GatewayOf, measured: Measured) -> None:
     """R1: more calls than can be answered, at fixed times."""
     row = measured(
         "R1",
@@ -118,7 +96,7 @@ async def test_overload_costs_little_goodput(
     async with grpc.aio.insecure_channel(gateway.address) as channel:
         stub: Any = ImageServiceStub(channel)
         found = {times: await offer(stub, times * _CAPACITY, 5) for times in (1, 3, 10)}
-        await asyncio.sleep(5)
+        await asyncio.sleep(5)  # in which it is to become as before
         after = await offer(stub, 0.5 * _CAPACITY, 2)
     await gateway.check()
 
@@ -131,9 +109,7 @@ async def test_overload_costs_little_goodput(
     assert after.shed_seconds == 0
 
 
-async def test_memory_limit_is_never_reached(
-    small_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
-) -> None:
+async def test_memory_limit_is_never_reached(small_triton: StandIn, gateway_of: GatewayOf, measured: Measured) -> None:
     """R2: large images and bombs, with little memory."""
     row = measured(
         "R2",
@@ -162,7 +138,7 @@ async def test_memory_limit_is_never_reached(
                     codes[code] = codes.get(code, 0) + 1
 
             senders = [asyncio.create_task(send(bomb if number % 4 == 0 else large)) for number in range(32)]
-            await asyncio.sleep(5)
+            await asyncio.sleep(5)  # so long is the fault
             for task in senders:
                 task.cancel()
             await asyncio.wait(senders)
@@ -209,9 +185,14 @@ def _own_group() -> str:
     return next((path.lstrip("/") for _, controllers, path in groups if controllers == "memory"), "")
 
 
-async def test_files_run_out_and_come_back(
-    small_triton: StandIn, gateway_of: Callable[..., Gateway], measured: Measured
-) -> None:
+async def core_share(gateway: Gateway, seconds: float) -> float:
+    """Return how much of a core a gateway uses over a span of time from now on."""
+    before, began = gateway.cpu_seconds, time.monotonic()
+    await asyncio.sleep(seconds)  # the span that is measured
+    return (gateway.cpu_seconds - before) / (time.monotonic() - began)
+
+
+async def test_files_run_out_and_come_back(small_triton: StandIn, gateway_of: GatewayOf, measured: Measured) -> None:
     """R3: more connections than the process may open files."""
     row = measured(
         "R3",
@@ -223,16 +204,12 @@ async def test_files_run_out_and_come_back(
     await gateway.start()
     resource.prlimit(gateway.pid, resource.RLIMIT_NOFILE, (64, 64))
     async with Live(gateway.address) as live:
-        await asyncio.sleep(1)
-        without, started = gateway.cpu_seconds, time.monotonic()
-        await asyncio.sleep(1)
-        alone = (gateway.cpu_seconds - without) / (time.monotonic() - started)
+        await live.ended(50)
+        alone = await core_share(gateway, 1)
         async with AsyncExitStack() as stack:
             for _ in range(200):
                 await stack.enter_async_context(socket_to(gateway.address))
-            before, started = gateway.cpu_seconds, time.monotonic()
-            await asyncio.sleep(3)
-            share = (gateway.cpu_seconds - before) / (time.monotonic() - started) - alone
+            share = await core_share(gateway, 3) - alone
             num_fds = len(os.listdir(f"/proc/{gateway.pid}/fd"))
         quality = live.quality()
     await gateway.recover()

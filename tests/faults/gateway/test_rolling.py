@@ -4,7 +4,7 @@ import asyncio
 import time
 import warnings
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,8 @@ from serving.triton import EmbeddedTriton
 from sluice.release import PublishOptions, publish
 from sluice.route import RouteOptions, run
 from tests.faults.gateway.callers import noise, request_of
+from tests.faults.gateway.conftest import Measured
 from tests.faults.gateway.process import Gateway
-from tests.faults.report import Row
 from tests.serving.conftest import on_free_ports
 from training.release import manifest
 from training.release.export import answers
@@ -212,7 +212,7 @@ async def routed(callers: Callers, triton: str, versions: set[int], **options: A
 
 
 async def test_versions_come_and_go_without_a_lost_or_mixed_request(
-    rolling: tuple[str, str, Path], measured: Callable[..., Row]
+    rolling: tuple[str, str, Path], measured: Measured
 ) -> None:
     """L11: 20 versions published, routed to and retired while 64 callers ask."""
     triton, address, folder = rolling

@@ -5,7 +5,6 @@ from __future__ import annotations  # grpc's classes are generic in their stubs 
 import asyncio
 import ssl
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -19,8 +18,8 @@ from rpc.settings import SettingsError
 from rpc.tls import ServerTls, open_channel, server_credentials
 from tests.certificates import chain, credentials, days_ago, write, write_ca
 from tests.digits import seven
+from tests.faults.gateway.conftest import Measured
 from tests.faults.gateway.secured import Party, SecuredGateway, party, running
-from tests.faults.report import Row
 from tests.gateway.fake_triton import FakeTriton
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -36,7 +35,7 @@ async def cause(address: str, tls: ClientTls | None) -> str:
     return str(failed.value)
 
 
-async def test_wrong_certificates(triton: FakeTriton, tmp_path: Path, measured: Callable[..., Row]) -> None:
+async def test_wrong_certificates(triton: FakeTriton, tmp_path: Path, measured: Measured) -> None:
     """A1. Wrong authority, wrong name, plaintext at a TLS port, client certificate missing or foreign, TLS 1.1."""
     row = measured(
         "A1",
@@ -95,7 +94,7 @@ async def refuses_tls_1_1(address: str) -> bool:
     ids=["A1b", "A1c"],
 )
 async def test_certificate_out_of_its_time(
-    tmp_path: Path, measured: Callable[..., Row], fault: str, days: tuple[float, float], words: str
+    tmp_path: Path, measured: Measured, fault: str, days: tuple[float, float], words: str
 ) -> None:
     """A1. A certificate that has expired, or is not valid yet."""
     row = measured(
@@ -129,7 +128,7 @@ class _Counting(grpc.aio.ServerInterceptor):
         self.num_calls += 1
 
 
-async def test_rotation_in_service(triton: FakeTriton, tmp_path: Path, measured: Callable[..., Row]) -> None:
+async def test_rotation_in_service(triton: FakeTriton, tmp_path: Path, measured: Measured) -> None:
     """A5. Certificate and key are replaced while streams are open and others call, ten times; once by half a file."""
     row = measured(
         "A5",

@@ -1,11 +1,13 @@
-"""HTTP/2 by hand: a peer that says what no client would."""
+"""HTTP/2 and messages by hand: a peer that says what no client would."""
 
 import asyncio
 import struct
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
+import grpc
 from hpack import Decoder, Encoder
 from hyperframe.frame import (
     DataFrame,
@@ -17,10 +19,19 @@ from hyperframe.frame import (
     SettingsFrame,
 )
 
+from protos.gateway.v1 import image_service_pb2 as pb
+from tests.digits import seven
+from tests.faults.gateway.process import PATIENCE_SECONDS
+
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-CLASSIFY = "/sluice.gateway.v1.ImageService/Classify"
-# For machines ten times slower than most.
-PATIENCE_SECONDS = 60.0
+SERVICE = "/sluice.gateway.v1.ImageService"
+CLASSIFY = f"{SERVICE}/Classify"
+VALID = pb.ClassifyRequest(
+    image=pb.Image(raw=pb.RawImage(height=28, width=28, pixels=seven().tobytes()))
+).SerializeToString()
+"""A request to classify, as it goes over the wire."""
+FRAME_BYTES = 16 * 1024
+"""The largest frame that nobody has to allow (RFC 9113, section 4.2)."""
 
 _HEADER_BYTES = 9
 _GRPC: Mapping[str, str] = {
@@ -45,10 +56,13 @@ class Answer:
     """The error code of RST_STREAM."""
 
     @property
-    def status(self) -> int | None:
-        """The gRPC status; ``None`` without one."""
+    def status(self) -> grpc.StatusCode | None:
+        """``None`` without one."""
         given = self.headers.get("grpc-status")
-        return None if given is None else int(given)
+        return next((code for code in grpc.StatusCode if str(code.value[0]) == given), None)
+
+    def __str__(self) -> str:
+        return f"reset {self.reset}" if self.status is None else self.status.name
 
 
 def packed(changes: Mapping[str, str | bytes | None] | None = None) -> bytes:
@@ -66,11 +80,21 @@ def call(stream_id: int, block: bytes, *, flags: Sequence[str] = ("END_HEADERS",
 
 
 def message(stream_id: int, body: bytes, *, is_last: bool = True, is_compressed: bool = False) -> DataFrame:
-    """One gRPC message; at most 16 KiB, the largest frame that nobody has to allow."""
+    """One gRPC message; at most :data:`FRAME_BYTES`."""
     frame = DataFrame(stream_id, struct.pack(">BI", is_compressed, len(body)) + body)
     if is_last:
         frame.flags.add("END_STREAM")
     return frame
+
+
+async def raw_call(channel: grpc.aio.Channel, method: str, data: bytes, **options: Any) -> tuple[grpc.StatusCode, str]:
+    """Send bytes as the request of a method, and return the status and its text."""
+    asked: Any = channel.unary_unary(f"{SERVICE}/{method}")
+    try:
+        await asked(data, timeout=PATIENCE_SECONDS, **options)
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    return grpc.StatusCode.OK, ""
 
 
 class Peer:
