@@ -9,12 +9,16 @@ from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
 from training.search.logbook import Search, Trial, best, command, ranked
 from training.search.space import Value
+
+MAX_LINE = 10_000
+"""Characters to a line where no eye has to follow it."""
 
 _SHOWN = 15
 _BAR_WIDTH = 24
@@ -62,7 +66,16 @@ class Board:
         share = _done_share(self._trials, self._search)
         line = Table.grid(padding=(0, 1))
         line.add_row(ProgressBar(total=1.0, completed=share, width=_BAR_WIDTH), self._footer())
-        return Group(table(self._trials, self._search, limit=_SHOWN), line)
+        return Group(self._fitting(), line)
+
+    def _fitting(self) -> Table:
+        """Return as many trials as the terminal has lines for; it would cut off the last, which are running."""
+        console = self._console
+        for limit in range(_SHOWN, 0, -1):
+            shown = table(self._trials, self._search, limit=limit, width=console.width)
+            if len(console.render_lines(shown)) < console.height - 1:
+                break
+        return shown
 
     def _footer(self) -> str:
         over = [trial for trial in self._trials if trial.is_over]
@@ -102,8 +115,25 @@ def time_left(trials: Sequence[Trial], search: Search, *, elapsed: float, before
     return seconds if search.budget.minutes is None else min(seconds, max(search.budget.minutes * 60 - elapsed, 0.0))
 
 
-def table(trials: Sequence[Trial], search: Search, *, limit: int) -> Table:
-    """Return the trials that are running, and the best of the others up to ``limit`` in all."""
+def table(trials: Sequence[Trial], search: Search, *, limit: int, width: int | None = None) -> Table:
+    """
+    Return the trials that are running, and the best of the others up to ``limit`` in all.
+
+    Args:
+        trials: As they stand.
+        search: Theirs.
+        limit: Most rows.
+        width: Characters to a line; where a column for each setting does not fit, they share one. None has no end.
+    """
+    shown = _table(trials, search, limit, is_narrow=False)
+    if width is not None:
+        endless = Console(width=MAX_LINE)
+        if Measurement.get(endless, endless.options, shown).maximum > width:
+            return _table(trials, search, limit, is_narrow=True)
+    return shown
+
+
+def _table(trials: Sequence[Trial], search: Search, limit: int, *, is_narrow: bool) -> Table:
     running = [trial for trial in trials if not trial.is_over]
     places = {trial.id: place for place, trial in enumerate(ranked(trials, search), start=1)}
     over = sorted((trial for trial in trials if trial.is_over), key=lambda trial: places.get(trial.id, len(trials) + 1))
@@ -111,8 +141,11 @@ def table(trials: Sequence[Trial], search: Search, *, limit: int) -> Table:
     shown.add_column("trial", justify="right", no_wrap=True)
     for column in ("state", "epoch", search.goal.removeprefix("validation_"), "time"):
         shown.add_column(column, no_wrap=True)
-    for name in search.space.names():
-        shown.add_column(name.rpartition(".")[2], overflow="fold")
+    if is_narrow:
+        shown.add_column("settings")
+    else:
+        for name in search.space.names():
+            shown.add_column(_short(name), no_wrap=True)
     for trial in [*over[: max(limit - len(running), 0)], *running]:
         shown.add_row(
             str(trial.number),
@@ -121,7 +154,7 @@ def table(trials: Sequence[Trial], search: Search, *, limit: int) -> Table:
             f"{trial.epoch}/{search.budget.epochs}",
             Text(_score(trial, search), style="bold green" if places.get(trial.id) == 1 else ""),
             _duration(trial.seconds),
-            *(_shown(trial.values[name]) for name in search.space.names()),
+            *([_settings(trial)] if is_narrow else [_shown(trial.values[name]) for name in search.space.names()]),
         )  # fmt: skip
     hidden = len(over) - max(limit - len(running), 0)
     if hidden > 0:
@@ -152,8 +185,15 @@ def summary(trials: Sequence[Trial], search: Search) -> str:
 
 def _line(trial: Trial, search: Search) -> str:
     ending = f": {trial.error}" if trial.state == "failed" else f" after {trial.epoch} epochs"
-    values = ", ".join(f"{name.rpartition('.')[2]} {_shown(value)}" for name, value in trial.values.items())
-    return f"trial {trial.number} {trial.state}{ending}, {_score(trial, search)} ({values})"
+    return f"trial {trial.number} {trial.state}{ending}, {_score(trial, search)} ({_settings(trial)})"
+
+
+def _settings(trial: Trial) -> str:
+    return ", ".join(f"{_short(name)} {_shown(value)}" for name, value in trial.values.items())
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _done_share(trials: Sequence[Trial], search: Search) -> float:

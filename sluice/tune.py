@@ -13,7 +13,7 @@ from rich.console import Console
 from imaging.framing import SIDE
 from rpc.address import joined
 from rpc.settings import load
-from sluice.board import Board, summary, table
+from sluice.board import MAX_LINE, Board, summary, table
 from sluice.interruption import unwind_on_sigterm
 from sluice.streaming import FRAMING, name_of, problem_of, slug, streaming
 from streamer.client import Plan, SampleClient
@@ -127,7 +127,11 @@ def show(name: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([_as_json(trial) for trial in trials]))
         return
-    Console().print(table(trials, search, limit=len(trials)))
+    console = Console()
+    if console.is_terminal:
+        console.print(table(trials, search, limit=len(trials), width=console.width))
+    else:  # for grep and files: a line to a trial
+        Console(width=MAX_LINE).print(table(trials, search, limit=len(trials)))
     for path in findings.write(logbook.folder, trials, search):
         print(path)
 

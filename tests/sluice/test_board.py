@@ -50,6 +50,24 @@ def test_running_trials_are_shown_below_the_best_others() -> None:
     assert rows == [["2", "finished"], ["3", "running"], ["4", "waiting"]]
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_settings_are_never_broken_within_a_word(width: int) -> None:
+    values = {
+        "optim.weight_decay": 0.000123,
+        "optim.label_smoothing": 0.0625,
+        "augmentation": "mirror|elastic",
+        "data.batch_size": 64,
+    }
+    space = {name: {"low": 1, "high": 2} for name in values}
+    search = parse({"name": "toy", "budget": {"trials": 4, "epochs": 8}, "space": space}, source="test")
+    console = Console(width=width, record=True, file=StringIO())
+
+    console.print(table([trial(1, 8, "finished", values=values)], search, limit=3, width=width))
+
+    words = console.export_text().replace(",", " ").split()
+    assert {"weight_decay", "0.000123", "label_smoothing", "0.0625", "mirror|elastic", "batch_size", "64"} <= set(words)
+
+
 def test_trials_that_end_are_told_once_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     failed = trial(2, 0, "failed", failures=2, error="disk full")
     with Board(SEARCH) as board:
