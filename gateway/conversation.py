@@ -9,7 +9,7 @@ Answer = TypeVar("Answer")
 
 
 async def converse(
-    requests: AsyncIterator[Request], answer: Callable[[Request], Awaitable[Answer]], *, window: int
+    requests: AsyncIterator[Request], take: Callable[[Request], Awaitable[Awaitable[Answer]]], *, window: int
 ) -> AsyncGenerator[Answer]:
     """
     Yield the answer to each request, in whatever order they are ready.
@@ -19,13 +19,14 @@ async def converse(
 
     Args:
         requests: Read by one task.
-        answer: Answers one of them; what it raises ends the conversation.
+        take: Takes one of them in, and returns what is to become its answer. While it waits for room no other is
+            read. What it raises, and what its answer raises, ends the conversation.
         window: At least 1.
 
     Raises:
         Exception: What reading or answering raised; nothing is yielded after it.
     """
-    conversation = _Conversation(requests, answer, window)
+    conversation = _Conversation(requests, take, window)
     try:
         async for told in conversation.answers():
             yield told
@@ -35,10 +36,10 @@ async def converse(
 
 class _Conversation(Generic[Request, Answer]):
     def __init__(
-        self, requests: AsyncIterator[Request], answer: Callable[[Request], Awaitable[Answer]], window: int
+        self, requests: AsyncIterator[Request], take: Callable[[Request], Awaitable[Awaitable[Answer]]], window: int
     ) -> None:
         self._requests = requests
-        self._answer = answer
+        self._take = take
         self._room = asyncio.Semaphore(window)
         # Bounded by the room.
         self._ended: asyncio.Queue[asyncio.Future[Answer] | None] = asyncio.Queue()
@@ -63,11 +64,14 @@ class _Conversation(Generic[Request, Answer]):
                 task.exception()
 
     async def _read(self) -> None:
+        await self._room.acquire()
         async for request in self._requests:
-            await self._room.acquire()
-            task = asyncio.ensure_future(self._answer(request))
+            task = asyncio.ensure_future(await self._take(request))
             self._answering.add(task)
             task.add_done_callback(self._put)
+            # Not to be kept while the next one is waited for.
+            del request, task
+            await self._room.acquire()
 
     def _put(self, task: asyncio.Future[Answer]) -> None:
         self._answering.discard(task)

@@ -53,12 +53,20 @@ class OverloadedError(GatewayError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class TooLateError(GatewayError):
+    """Not begun: the caller's own deadline left no time for it, which says nothing of Triton."""
+
+
 class UpstreamError(GatewayError):
     """Triton, or the way to it, is the cause."""
 
 
 class UpstreamUnavailableError(UpstreamError):
     """Triton cannot be reached, or has no model to answer with yet; another try may succeed."""
+
+
+class UnreachedError(UpstreamUnavailableError):
+    """No connection to a Triton could be made: nothing of the call has left."""
 
 
 class ReplacedError(UpstreamUnavailableError):

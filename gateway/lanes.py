@@ -1,32 +1,32 @@
 """The lanes of one gateway: one for each output of each version that is asked for."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from gateway.cache import RowCache
 from gateway.coalesce import BatchRecord, Infer, Lane, Traces
 from gateway.errors import GatewayError
-from gateway.models import ServedVersion
-from gateway.triton import EMBEDDING, Output
+from gateway.models import ServedModel, ServedVersion
+from gateway.triton import EMBEDDING, PROBABILITIES, Output
 
 Asking = Callable[[str, int, Output, int], Infer]
 """Model, version, output, and the length of its rows, to what sends images there."""
 
-
-_Key = tuple[str, int, str, str]
+_Key = tuple[str, int, str, str, int]
 
 
 class Lanes:
     """
-    Every lane in use; made when a version is first asked for, and forgotten when nobody asks any more.
+    Every lane in use; made when a version is first asked for, and kept until the version goes.
 
     Args:
         asking: Where their batches go.
         timeout_seconds: After which a batch is given up.
         may_cancel: Whether one may be cancelled for which nobody waits any more.
-        batches_per_instance: Batches in flight for each instance of the model.
+        batches_per_instance: Batches in flight for each instance of the model, over all Tritons.
         joins: Whether equal images that are under way at the same time are asked once.
-        cache: Of answers, shared by all lanes.
+        cache: Of answers, shared by all lanes; nothing is kept of versions whose card does not tell their weights.
         traces: Told of each batch before it leaves.
         on_batch: Told of each batch that ended.
     """
@@ -52,26 +52,52 @@ class Lanes:
         self._traces = traces
         self._on_batch = on_batch
         self._lanes: dict[_Key, Lane] = {}
+        # Of versions that went while work for them was under way.
+        self._leaving: list[tuple[_Key, Lane]] = []
         # Sums of what lanes that are gone have counted.
         self._num_joined = self._num_dropped = self._num_retried = 0
 
     def __iter__(self) -> Iterator[Lane]:
-        return iter(self._lanes.values())
+        return (lane for _, lane in self._all())
 
     def of(self, version: ServedVersion, output: Output) -> Lane:
         """Return the lane to one output of a version."""
         key = _key(version, output)
         lane = self._lanes.get(key)
         if lane is None:
-            self._forget_idle()
             lane = self._lanes[key] = self._open(version, output)
         return lane
 
     def fail_waiting(self, model: str, version: int, error: GatewayError) -> None:
         """Answer all that wait for a version, and have not left yet, with an error."""
-        for key, lane in self._lanes.items():
+        for key, lane in self._all():
             if key[:2] == (model, version):
                 lane.fail_waiting(error)
+
+    def keep(self, models: Iterable[ServedModel]) -> None:
+        """
+        Take in what is served: lanes of other versions end with what is under way.
+
+        Who asks for such a version later gets another lane, which knows nothing of the answers and the pace of before.
+        """
+        served = {
+            _key(version, output): version
+            for model in models
+            for version in model.versions
+            for output in (PROBABILITIES, EMBEDDING)
+        }
+        for key, lane in list(self._lanes.items()):
+            version = served.get(key)
+            if version is None:
+                self._leaving.append((key, self._lanes.pop(key)))
+            else:
+                lane.max_batch_size, lane.num_instances = version.max_batch_size, version.num_instances
+        for one in [one for one in self._leaving if one[1].is_idle]:
+            self._leaving.remove(one)
+            _, lane = one
+            self._num_joined += lane.num_joined
+            self._num_dropped += lane.num_dropped
+            self._num_retried += lane.num_retried
 
     async def drained(self, timeout_seconds: float) -> None:
         """Wait until no batch is in flight, so long at most."""
@@ -97,33 +123,30 @@ class Lanes:
         """Images so far that were tried again by themselves."""
         return self._num_retried + sum(lane.num_retried for lane in self)
 
+    def _all(self) -> Iterable[tuple[_Key, Lane]]:
+        return chain(self._lanes.items(), self._leaving)
+
     def _open(self, version: ServedVersion, output: Output) -> Lane:
-        width = version.embedding_width if output is EMBEDDING else len(version.class_names)
         return Lane(
-            self._asking(version.name, version.version, output, width),
+            self._asking(version.name, version.version, output, _width(version, output)),
             output.holds,
             output.promise,
             max_batch_size=version.max_batch_size,
-            max_batches=self._batches_per_instance * version.num_instances,
+            num_instances=version.num_instances,
+            batches_per_instance=self._batches_per_instance,
             timeout_seconds=self._timeout_seconds,
             may_cancel=self._may_cancel,
             joins=self._joins,
-            cache=self._cache,
-            answerer=_key(version, output),
+            cache=self._cache if version.card.digest else None,
             traces=self._traces,
             on_batch=self._on_batch,
         )
 
-    def _forget_idle(self) -> None:
-        """Drop lanes without work, of versions long retired too: their number is that of versions in use."""
-        for key, lane in list(self._lanes.items()):
-            if lane.is_idle:
-                self._num_joined += lane.num_joined
-                self._num_dropped += lane.num_dropped
-                self._num_retried += lane.num_retried
-                del self._lanes[key]
-
 
 def _key(version: ServedVersion, output: Output) -> _Key:
     # With the weights' digest: what is published again under an old number is another model.
-    return version.name, version.version, version.card.digest, output.name
+    return version.name, version.version, version.card.digest, output.name, _width(version, output)
+
+
+def _width(version: ServedVersion, output: Output) -> int:
+    return version.embedding_width if output is EMBEDDING else len(version.class_names)

@@ -124,7 +124,9 @@ class GatewayMetrics(Collector):
         yield GaugeMetricFamily(
             "gateway_images_in_flight_limit", "Images in flight beyond which calls are refused.", admission.max_images
         )
-        yield GaugeMetricFamily("gateway_image_bytes_in_flight", "Their bytes, as they came.", admission.num_bytes)
+        yield GaugeMetricFamily(
+            "gateway_image_bytes_in_flight", "Bytes of their requests, as they came.", admission.num_bytes
+        )
         yield CounterMetricFamily("gateway_images_admitted", "Images that were let in.", admission.num_admitted)
         refused = CounterMetricFamily(
             "gateway_images_refused", "Images refused before anything was begun.", labels=["reason"]

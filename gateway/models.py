@@ -16,6 +16,8 @@ from gateway.routing import Routes, Split, split
 
 log = structlog.get_logger(__name__)
 
+# Least time from one look to the next: callers of what is not there cause as many as this, and no more.
+_LOOK_SECONDS = 0.1
 _TRAIN = "train one with `sluice train`, in containers with `docker compose run --rm train`"
 
 
@@ -81,7 +83,7 @@ class Source(Protocol):
         Return every ready version that keeps the gateway's contract.
 
         Raises:
-            UpstreamError: It could not be found out.
+            GatewayError: It could not be found out.
         """
         ...
 
@@ -100,7 +102,7 @@ class ServedVersion:
     """Most images Triton takes in one request."""
     card: Card
     num_instances: int = 1
-    """How many requests Triton runs at once."""
+    """How many requests run at once, over all Tritons that work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,20 +143,34 @@ class Catalog:
         repository: Holds ``<model>/<version>/card.json`` and the routes; only read.
         default_model: What a request without a name gets.
         draw: Returns numbers equally likely anywhere in 0..1, by which canaries get their share.
+        may_list: Whether the caller may know which models and versions there are, which errors then name.
+        on_refresh: Told what can be asked for after each refresh.
     """
 
     def __init__(
-        self, source: Source, *, repository: Path, default_model: str, draw: Callable[[], float] = random.random
+        self,
+        source: Source,
+        *,
+        repository: Path,
+        default_model: str,
+        draw: Callable[[], float] = random.random,
+        may_list: Callable[[], bool] = lambda: True,
+        on_refresh: Callable[[Sequence[ServedModel]], None] = lambda models: None,
     ) -> None:
         self._source = source
         self._repository = repository
         self._default_model = default_model
         self._draw = draw
+        self._may_list = may_list
+        self._on_refresh = on_refresh
         self._routes = Routes(repository)
         self._models: dict[str, ServedModel] = {}
         self._proven: Collection[tuple[str, int]] = ()
         self._complaints: set[tuple[str, str]] = set()
-        self._refreshing: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._looked_at = -_LOOK_SECONDS
+        # Waits for that look to end.
+        self._next: asyncio.Task[None] | None = None
 
     @property
     def default_model(self) -> str:
@@ -163,15 +179,18 @@ class Catalog:
 
     async def refresh(self) -> None:
         """
-        Learn anew what is ready. Calls at the same time share one refresh, which a cancelled caller does not end.
+        Learn anew what is ready, by a look that begins after the call.
+
+        Calls at the same time share one, which a cancelled caller does not end. Looks begin 0.1 s after each other at
+        the soonest, whoever asks for them.
 
         Raises:
-            UpstreamError: It could not be found out; the last answer stays.
+            GatewayError: It could not be found out; the last answer stays.
         """
-        if self._refreshing is None:
-            self._refreshing = asyncio.create_task(self._refresh())
-            self._refreshing.add_done_callback(self._forget)
-        await asyncio.shield(self._refreshing)
+        if self._next is None:
+            self._next = asyncio.create_task(self._refresh_in_turn())
+            self._next.add_done_callback(_see)
+        await asyncio.shield(self._next)
 
     async def find(self, name: str, version: int) -> ServedVersion:
         """
@@ -203,7 +222,8 @@ class Catalog:
             if served.version == version:
                 return served
         there = ", ".join(str(served.version) for served in model.versions)
-        raise UnknownVersionError(f"model_version: {model.name} has no version {version}; served are {there}")
+        known = f"; served are {there}" if self._may_list() else ""
+        raise UnknownVersionError(f"model_version: {model.name} has no version {version}{known}")
 
     def routed(self, name: str) -> int:
         """Return the version that a request to a model gets if it names none; 0 where there is no such model."""
@@ -228,11 +248,22 @@ class Catalog:
         if not name and not self._models:
             return UpstreamUnavailableError(f"no model is loaded yet; {_TRAIN}")
         if not name:
-            return UpstreamUnavailableError(
-                f"the default model {self._default_model} is not loaded; loaded are {', '.join(sorted(self._models))}"
-            )
-        known = f"loaded are {', '.join(sorted(self._models))}" if self._models else f"none is loaded; {_TRAIN}"
-        return UnknownModelError(f"model: no model {name[:64]!a}; {known}")
+            loaded = f"; loaded are {', '.join(sorted(self._models))}" if self._may_list() else ""
+            return UpstreamUnavailableError(f"the default model {self._default_model} is not loaded{loaded}")
+        known = f"; none is loaded; {_TRAIN}"
+        if self._models:
+            known = f"; loaded are {', '.join(sorted(self._models))}" if self._may_list() else ""
+        return UnknownModelError(f"model: no model {name[:64]!a}{known}")
+
+    async def _refresh_in_turn(self) -> None:
+        if self._looking is not None:
+            await asyncio.wait((self._looking,))
+        loop = asyncio.get_running_loop()
+        await asyncio.sleep(max(self._looked_at + _LOOK_SECONDS - loop.time(), 0))
+        self._looked_at = loop.time()
+        # Who comes from here on may know of what this look does not see.
+        self._looking, self._next = self._next, None
+        await self._refresh()
 
     async def _refresh(self) -> None:
         loaded = await self._source.ready_versions()
@@ -263,6 +294,7 @@ class Catalog:
             log.warning(event, reason=reason)
         self._complaints = complaints
         self._models = models
+        self._on_refresh(list(models.values()))
 
     def _read(self, loaded: Sequence[LoadedVersion]) -> list[Card | str | None]:
         self._routes.look({version.name for version in loaded})
@@ -283,12 +315,6 @@ class Catalog:
         known = (served.card for served in model.versions if served.version == version) if model else iter(())
         return next(known, Card())
 
-    def _forget(self, refreshing: asyncio.Task[None]) -> None:
-        self._refreshing = None
-        # Marks the error as seen: every caller who wanted it may have gone.
-        if not refreshing.cancelled():
-            refreshing.exception()
-
 
 def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
     names = card.class_names
@@ -303,6 +329,12 @@ def _served(loaded: LoadedVersion, card: Card) -> ServedVersion:
         card,
         num_instances=loaded.num_instances,
     )
+
+
+def _see(look: asyncio.Task[None]) -> None:
+    # Marks the error as seen: every caller who wanted it may have gone.
+    if not look.cancelled():
+        look.exception()
 
 
 def _read_card(repository: Path, name: str, version: int) -> Card | str | None:

@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import grpc
@@ -18,7 +18,9 @@ from google.protobuf.message import Message
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.admission import Admission, Slot
-from gateway.errors import GatewayError, OverloadedError, UpstreamError, UpstreamUnavailableError
+from gateway.errors import GatewayError, OverloadedError, UpstreamUnavailableError
+from gateway.triton import num_instances, version_number
+from gateway.turns import Turns
 from rpc.retry import retry_metadata
 
 log = structlog.get_logger(__name__)
@@ -33,6 +35,11 @@ SERVICE = DESCRIPTOR.full_name
 _READ_AHEAD = 8
 # How old a model's max_batch_size may be before Triton is asked again, beside the requests that use it.
 _FRESH_SECONDS = 30.0
+# Requests at Triton for each instance of a model, so that it always has a next one; of a model whose requests Triton
+# gathers, as many full batches as the gateway has of its own. The rest wait here, where they take turns: Triton's own
+# queue has none, and what the gateway asks for itself would come last in it.
+_PER_INSTANCE = 4
+_BATCHES_PER_INSTANCE = 2
 _RETRY_SECONDS = 0.1
 # As in the servicer: a version that the caller did not choose went away, and the next best answers.
 _REPLACEMENTS = 2
@@ -58,7 +65,6 @@ _INTERNAL = re.compile(
 )
 # A status is a header, of which peers take 8 KiB; a byte that is not ASCII takes three there.
 _MAX_WORDS_BYTES = 2000
-_VERSION = re.compile(r"|[1-9][0-9]{0,17}")
 
 # Where Triton's words about a request cannot be shown.
 _NEUTRAL = {
@@ -72,12 +78,12 @@ _FAILURES = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grp
 class Upstream(Protocol):
     """Triton, by the names of its RPCs; errors come as it gave them."""
 
-    def begin(self, method: str, request: Message) -> asyncio.Task[Any]:
+    async def infer(self, request: Message) -> Any:
         """
-        Start an RPC that nobody cancels, whoever waits for it; it has no deadline.
+        Return the answer to a ModelInfer, which nobody cancels and which has no deadline.
 
-        Returns:
-            Task of the answer. It raises ``grpc.aio.AioRpcError``.
+        Raises:
+            grpc.aio.AioRpcError: There is none.
         """
         ...
 
@@ -88,6 +94,10 @@ class Upstream(Protocol):
         Raises:
             grpc.aio.AioRpcError: There is none.
         """
+        ...
+
+    def num_having(self, model: str) -> int:
+        """Return how many Tritons have a model ready, at least 1."""
         ...
 
 
@@ -105,16 +115,22 @@ class _Refusal(GatewayError):
         return self.code in _FAILURES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class _Inference:
-    """One that runs at Triton."""
+    """One that waits for its turn, or runs at Triton."""
 
-    call: asyncio.Task[Any]
     request: Any
     is_routed: bool
     """Whether its version was chosen here."""
     until: float
     """When its caller has waited long enough, by the event loop's clock."""
+    is_sent: bool = False
+    call: asyncio.Task[Any] = field(init=False)
+
+    def leave(self) -> None:
+        """Wait for it no more: what has not left for Triton does not leave."""
+        if not self.is_sent:
+            self.call.cancel()
 
 
 def _refusing(words: str) -> Callable[[Any, Any, Context], Awaitable[NoReturn]]:
@@ -128,7 +144,8 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
     """
     ``inference.GRPCInferenceService`` on one event loop.
 
-    An inference that its caller left, or that took too long, runs on at Triton and keeps its place in admission.
+    Of each model only so many inferences are at Triton at once; beyond, callers take turns. One that its caller left,
+    or that took too long, runs on at Triton and keeps its place in admission; what has not left for it is dropped.
     Triton's words reach the caller where they are about the request; of its failures they go to the log alone.
     Inferences of a stream are unary ones at Triton, so models with several answers to a request are not served.
 
@@ -138,7 +155,7 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         identity: Who calls, for fair shares.
         require: Raises UpstreamUnavailableError where a version, 0 being the default one, is known not to answer.
         route: Returns the version for a request that names none, 0 to leave that to Triton.
-        refresh: Learns anew which versions there are, or raises UpstreamError.
+        refresh: Learns anew which versions there are, or raises GatewayError.
         is_ready: Whether the gateway is.
         is_model_ready: Whether a model is ready that the gateway itself proves to be so or not, version 0 being its
             default one; None for every other, of which Triton is asked.
@@ -173,7 +190,7 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         self._upstream_timeout_seconds = upstream_timeout_seconds
         self._on_upstream_error = on_upstream_error
         self._on_answer = on_answer
-        self._batching = _Batching(upstream)
+        self._models = _Models(upstream)
 
     async def ModelInfer(self, request: Any, context: Context) -> Any:
         """Infer once."""
@@ -208,6 +225,9 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
         finally:
             reader.cancel()
             await asyncio.gather(reader, return_exceptions=True)
+            while not begun.empty():
+                if (left := begun.get_nowait()) is not None and isinstance(left[1], _Inference):
+                    left[1].leave()
 
     async def ServerLive(self, request: Any, context: Context) -> Any:
         """Say that the gateway lives."""
@@ -220,8 +240,9 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
     async def ModelReady(self, request: Any, context: Context) -> Any:
         """Say whether a model is ready: as proven where the gateway does that, else as Triton says."""
         is_ready = None
-        if _VERSION.fullmatch(request.version):
-            is_ready = self._is_model_ready(request.name, int(request.version or 0))
+        version = version_number(request.version)
+        if version or not request.version:
+            is_ready = self._is_model_ready(request.name, version)
         if is_ready is None:
             try:
                 is_ready = (await _asked(self._upstream, "ModelReady", request)).ready
@@ -271,36 +292,51 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
 
     async def _begin(self, request: Any, context: Context) -> _Inference:
         """
-        Send a request to Triton, if it may go there.
+        Send a request to Triton in its turn, if it may go there.
 
         Raises:
             _Refusal: It may not; nothing was begun.
         """
         _refuse_shared_memory(request)
-        remaining = context.time_remaining()
+        remaining, caller = context.time_remaining(), self._identity(context)
         is_routed = not request.model_version and self._choose_version(request)
         try:
-            self._require(request.model_name, _number(request.model_version))
+            self._require(request.model_name, version_number(request.model_version))
+            model, num_items = await self._fitting(request)
+            num_places = num_items if model.gathers else 1
             slot = self._admission.enter(
-                await self._num_items(request),
+                num_items,
                 num_bytes=request.ByteSize(),
-                identity=self._identity(context),
+                identity=caller,
                 remaining_seconds=remaining,
+                expected_seconds=model.turns.expected_seconds(caller, num_places),
             )
         except OverloadedError as error:
             raise _overloaded(str(error), error.retry_after_seconds) from error
         except UpstreamUnavailableError as error:
             raise _Refusal(grpc.StatusCode.UNAVAILABLE, str(error)) from error
-        try:
-            call = self._upstream.begin("ModelInfer", request)
-        except BaseException:
-            slot.release()
-            raise
-        call.add_done_callback(lambda ended: _give_back(slot, ended))
         seconds = (
             self._upstream_timeout_seconds if remaining is None else min(self._upstream_timeout_seconds, remaining)
         )
-        return _Inference(call, request, is_routed, asyncio.get_running_loop().time() + seconds)
+        loop = asyncio.get_running_loop()
+        inference = _Inference(request, is_routed, loop.time() + seconds)
+        inference.call = loop.create_task(self._infer(inference, model.turns, caller, num_places))
+        inference.call.add_done_callback(lambda ended: _give_back(slot, ended))
+        return inference
+
+    async def _infer(self, inference: _Inference, turns: Turns, caller: str, num_places: int) -> Any:
+        """Return Triton's answer; not to be cancelled any more once the request is sent."""
+        await turns.take(caller, num_places)
+        loop = asyncio.get_running_loop()
+        inference.is_sent, sent_at, seconds = True, loop.time(), None
+        try:
+            if sent_at > inference.until:
+                raise _late()
+            answer = await self._upstream.infer(inference.request)
+            seconds = loop.time() - sent_at
+            return answer
+        finally:
+            turns.give_back(num_places, seconds=seconds)
 
     def _choose_version(self, request: Any) -> bool:
         """Fill in the version, where there is a choice."""
@@ -322,19 +358,23 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
                 if not inference.is_routed or error.code is not grpc.StatusCode.NOT_FOUND:
                     raise
             # What is known already may do, where Triton does not say.
-            with suppress(UpstreamError):
+            with suppress(GatewayError):
                 await self._refresh()
             inference.request.model_version = ""
             inference = await self._begin(inference.request, context)
         return await self._its_answer(inference)
 
     async def _its_answer(self, inference: _Inference) -> Any:
-        """Wait for Triton's answer; whether this is cancelled or runs out of time, the call runs on."""
+        """Wait for Triton's answer; whether this is cancelled or runs out of time, what was sent runs on."""
         call = inference.call
+        try:
+            if not call.done():
+                await asyncio.wait((call,), timeout=max(inference.until - asyncio.get_running_loop().time(), 0))
+        finally:
+            if not call.done():
+                inference.leave()
         if not call.done():
-            await asyncio.wait((call,), timeout=max(inference.until - asyncio.get_running_loop().time(), 0))
-        if not call.done():
-            raise _Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer from the model in time")
+            raise _late()
         if call.cancelled():
             raise _Refusal(grpc.StatusCode.UNAVAILABLE, "the gateway is stopping; try again")
         try:
@@ -344,7 +384,7 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
             if told.is_failure:
                 self._on_upstream_error()
             raise told from error
-        self._on_answer(answer.model_name, _number(answer.model_version))
+        self._on_answer(answer.model_name, version_number(answer.model_version))
         return answer
 
     async def _stream_answer(self, request_id: str, begun: _Inference | _Refusal, context: Context) -> Any:
@@ -360,21 +400,22 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
             answer.infer_response.id = request_id
         return answer
 
-    async def _num_items(self, request: Any) -> int:
+    async def _fitting(self, request: Any) -> "tuple[_Model, int]":
         """
-        Return how many items the request's batch has; 1 where the model takes no batches.
+        Return the model, and how many items the request's batch has; 1 where the model takes no batches.
 
         Raises:
             _Refusal: There is no such model, or it takes no batch of that size.
         """
         name, shape = request.model_name, request.inputs[0].shape if request.inputs else ()
         num_items = max(shape[0], 1) if shape else 1
-        most = await self._batching.max_batch_size(name)
-        if 0 < most < num_items:
+        model = await self._models.named(name)
+        if 0 < model.max_batch_size < num_items:
             # What is remembered admits, and does not refuse.
-            most = await self._batching.max_batch_size(name, is_asked_now=True)
+            model = await self._models.named(name, is_asked_now=True)
+        most = model.max_batch_size
         if not most:
-            return 1
+            return model, 1
         if num_items > most:
             raise _Refusal(
                 grpc.StatusCode.INVALID_ARGUMENT,
@@ -386,21 +427,33 @@ class PassthroughServicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # typ
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"inputs[0].shape: a batch of {num_items}; the gateway takes at most {self._admission.max_images}",
             )
-        return num_items
+        return model, num_items
 
 
-class _Batching:
-    """How many items each model takes in one request, asked of Triton when first needed."""
+@dataclass(eq=False, slots=True)
+class _Model:
+    """What was learnt of a model."""
+
+    max_batch_size: int
+    """Items in one request; 0 where it takes no batches."""
+    gathers: bool
+    """Whether Triton makes batches of requests, so that a place is one item and not one request."""
+    turns: Turns
+    asked_at: float
+
+
+class _Models:
+    """What passing on to each model takes to know, asked of Triton when first needed."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         # Of models that Triton had: no more of them than it can load.
-        self._known: dict[str, tuple[int, float]] = {}
-        self._asking: dict[str, asyncio.Task[int]] = {}
+        self._known: dict[str, _Model] = {}
+        self._asking: dict[str, asyncio.Task[_Model]] = {}
 
-    async def max_batch_size(self, name: str, *, is_asked_now: bool = False) -> int:
+    async def named(self, name: str, *, is_asked_now: bool = False) -> _Model:
         """
-        Return a model's max_batch_size, 0 where it takes no batches. Calls at the same time share one question.
+        Return what is known of a model. Calls at the same time share one question.
 
         Raises:
             _Refusal: Triton has no such model, or does not say.
@@ -408,30 +461,36 @@ class _Batching:
         known = self._known.get(name)
         if known is None or is_asked_now:
             return await asyncio.shield(self._ask(name))
-        size, asked_at = known
-        if asyncio.get_running_loop().time() - asked_at > _FRESH_SECONDS:
+        if asyncio.get_running_loop().time() - known.asked_at > _FRESH_SECONDS:
             self._ask(name)
-        return size
+        return known
 
-    def _ask(self, name: str) -> asyncio.Task[int]:
+    def _ask(self, name: str) -> asyncio.Task[_Model]:
         asking = self._asking.get(name)
         if asking is None:
             asking = self._asking[name] = asyncio.create_task(self._learn(name))
             asking.add_done_callback(lambda ended: self._forget(name, ended))
         return asking
 
-    async def _learn(self, name: str) -> int:
+    async def _learn(self, name: str) -> _Model:
         try:
             answer = await _asked(self._upstream, "ModelConfig", service_pb2.ModelConfigRequest(name=name))
         except _Refusal as error:
             if not error.is_failure:
                 self._known.pop(name, None)
             raise
-        size: int = answer.config.max_batch_size
-        self._known[name] = size, asyncio.get_running_loop().time()
-        return size
+        config = answer.config
+        size, gathers = config.max_batch_size, config.WhichOneof("scheduling_choice") is not None
+        most = max(_BATCHES_PER_INSTANCE * size, _PER_INSTANCE) if gathers else _PER_INSTANCE
+        most *= num_instances(config) * self._upstream.num_having(name)
+        known = self._known.get(name)
+        # Who waits goes on waiting.
+        turns = known.turns if known is not None else Turns(most)
+        turns.limit = most
+        model = self._known[name] = _Model(size, gathers, turns, asyncio.get_running_loop().time())
+        return model
 
-    def _forget(self, name: str, asking: asyncio.Task[int]) -> None:
+    def _forget(self, name: str, asking: asyncio.Task[_Model]) -> None:
         del self._asking[name]
         # Marks the error as seen: whoever waited may have left.
         if not asking.cancelled():
@@ -439,17 +498,12 @@ class _Batching:
 
 
 def _refuse_shared_memory(request: Any) -> None:
-    for field, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
+    for name, tensors in (("inputs", request.inputs), ("outputs", request.outputs)):
         for index, tensor in enumerate(tensors):
             if any(key.startswith("shared_memory") for key in tensor.parameters):
                 raise _Refusal(
-                    grpc.StatusCode.INVALID_ARGUMENT, f"{field}[{index}].parameters: shared_memory: {_SHARED_MEMORY}"
+                    grpc.StatusCode.INVALID_ARGUMENT, f"{name}[{index}].parameters: shared_memory: {_SHARED_MEMORY}"
                 )
-
-
-def _number(version: str) -> int:
-    """Return a version as a number, 0 for none and for what is none."""
-    return int(version or 0) if _VERSION.fullmatch(version) else 0
 
 
 def _give_back(slot: Slot, ended: asyncio.Task[Any]) -> None:
@@ -457,6 +511,10 @@ def _give_back(slot: Slot, ended: asyncio.Task[Any]) -> None:
     # Marks the error as seen: whoever waited may have left.
     if not ended.cancelled():
         ended.exception()
+
+
+def _late() -> _Refusal:
+    return _Refusal(grpc.StatusCode.DEADLINE_EXCEEDED, "no answer from the model in time")
 
 
 async def _asked(upstream: Upstream, method: str, request: Any) -> Any:

@@ -1,5 +1,5 @@
 """
-Which version of a model answers those who name none: its default, and canaries that get a share of them.
+Which version of a model answers requests that name none: its default, and canaries that get a share of them.
 
 An operator says so in a small file in the model repository, which is read again whenever it has changed. Without one,
 the highest version that is ready answers.
@@ -31,7 +31,11 @@ class Route(BaseModel):
     default: Number
     """The version that answers."""
     canary: Mapping[Number, Share] = {}
-    """By version, the share of callers that it answers instead, 0..1; together less than all of them."""
+    """
+    By version, the share of requests that it answers instead, 0..1; together less than all of them.
+
+    Each request is drawn anew, so one caller, or one stream, gets answers of several versions.
+    """
 
     @model_validator(mode="after")
     def _leave_the_default_something(self) -> Self:

@@ -3,9 +3,9 @@
 import asyncio
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2_grpc
 from gateway import passthrough
 from gateway.admission import Admission
 from gateway.cache import RowCache
+from gateway.decoders import Decoders
 from gateway.fleet import Fleet
 from gateway.images import Limits
 from gateway.lanes import Lanes
@@ -31,14 +32,15 @@ from gateway.scopes import NEEDS
 from gateway.servicer import ImageServicer
 from gateway.settings import GatewaySettings
 from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
-from rpc.access import Access, identity
+from rpc.access import Access, has_scope, identity
 from rpc.address import is_loopback, joined
 from rpc.health import MAX_WATCHERS, Health
-from rpc.interceptor import MAX_UNASKED, Guard
+from rpc.interceptor import ALL_OTHERS, MAX_UNASKED, Guard
 from rpc.keys import Keyring
 from rpc.lag import LagWatch
 from rpc.lifecycle import bind, run_until_signalled
 from rpc.settings import SettingsError
+from rpc.shares import Shares
 from rpc.telemetry import Endpoint
 from rpc.tls import server_credentials
 from rpc.tracing import Tracer
@@ -51,8 +53,12 @@ SERVICE = _DESCRIPTOR.full_name
 
 PORT_OPTION = "--port or SLUICE_GATEWAY_PORT"
 METRICS_PORT_OPTION = "--metrics-port or SLUICE_GATEWAY_METRICS_PORT"
-# Health watches, calls whose request has not come, and checks and reflection, beside those that admission counts.
-_SPARE_RPCS = MAX_WATCHERS + MAX_UNASKED + 128
+# Calls that admission does not count: without a request yet, on their way in or out, and such that ask no model.
+_SPARE_CALLS = MAX_UNASKED + 128
+_MAX_CHECKS = 128
+_MAX_REFLECTIONS = 64
+# Calls that are being refused, which is told to each.
+_MAX_REFUSALS = 512
 # For inferences whose callers have gone: ending one with the channel is what Triton 2.51 does not always survive.
 _LEFT_CALLS_SECONDS = 2.0
 _NEVER = 2**31 - 1
@@ -86,11 +92,13 @@ class GatewayServer:
         metrics: What it counts.
         metrics_url: Where Prometheus finds them, until the drain is over.
         grpc_server: The started server.
+        probing: What proves readiness; without it nothing is answered any more.
     """
 
     address: str
     metrics_url: str
     grpc_server: grpc.aio.Server
+    probing: asyncio.Task[None]
 
     def __init__(self, settings: GatewaySettings, *, is_worker: bool = False) -> None:
         self._settings = settings
@@ -137,7 +145,7 @@ class GatewayServer:
         lag = LagWatch(self.metrics.observe_lag)
         stack.callback(lag.stop)
         stack.push_async_callback(server.stop, settings.drain_seconds)
-        upstream.probe.start()
+        self.probing = upstream.probe.start()
         if self._is_worker:
             with suppress(TimeoutError):
                 async with asyncio.timeout(settings.probe_timeout_seconds):
@@ -166,7 +174,13 @@ class GatewayServer:
             on_batch=self.metrics.observe_batch,
         )
         stack.push_async_callback(lanes.drained, left_seconds)
-        catalog = Catalog(fleet, repository=settings.model_repository, default_model=settings.default_model)
+        catalog = Catalog(
+            fleet,
+            repository=settings.model_repository,
+            default_model=settings.default_model,
+            may_list=partial(has_scope, "models"),
+            on_refresh=lanes.keep,
+        )
         self.metrics.watch(lanes, fleet, cache, catalog)
         probe = Probe(
             catalog,
@@ -183,8 +197,8 @@ class GatewayServer:
     def _offer(self, server: grpc.aio.Server, upstream: "_Upstream", stack: AsyncExitStack) -> None:
         """Add every service to the server."""
         settings, probe = self._settings, upstream.probe
-        decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
+        decoders = Decoders(settings.decode_threads)
+        stack.callback(decoders.close)
 
         def on_upstream_error() -> None:
             self.metrics.count_upstream_error()
@@ -232,17 +246,22 @@ class GatewayServer:
         self._tracer = Tracer(settings.otlp_endpoint, "sluice-gateway") if settings.otlp_endpoint else None
         if self._tracer is not None:
             stack.push_async_callback(self._tracer.close)
+        rooms = _rooms(settings)
         self.guard = Guard(
             self.metrics.methods,
             access=access,
             tracer=self._tracer,
             parsers=_parsers(settings),
+            idle_seconds=settings.stream_idle_seconds or None,
             request_seconds=settings.request_seconds,
+            pause_seconds=settings.stream_idle_seconds or None,
+            rooms=rooms,
         )
         server = grpc.aio.server(
             interceptors=(self.guard,),
             options=_options(settings, is_worker=self._is_worker),
-            maximum_concurrent_rpcs=settings.max_in_flight + _SPARE_RPCS,
+            # Where gRPC refuses health checks too; the rooms, which do not, are full before.
+            maximum_concurrent_rpcs=sum(room.limit for room in set(rooms.values())) + _MAX_REFUSALS,
         )
         self.grpc_server = server
         if not self._is_worker:
@@ -275,7 +294,7 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
 
 
 async def run(gateway: GatewayServer, *, grace_seconds: float, on_ready: Callable[[str], None] | None = None) -> None:
-    """Run a gateway that listens as :func:`serve` does."""
+    """Run a gateway that listens as :func:`serve` does, which raises ServerDiedError where it cannot go on."""
     if on_ready is not None:
         on_ready(gateway.address)
     await run_until_signalled(
@@ -283,6 +302,7 @@ async def run(gateway: GatewayServer, *, grace_seconds: float, on_ready: Callabl
         grace_seconds=grace_seconds,
         on_drain=gateway.drain,
         wait_idle=gateway.guard.wait_idle,
+        vital={"the probe": gateway.probing},
     )
 
 
@@ -320,6 +340,19 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
 
 def _parsers(settings: GatewaySettings) -> dict[str, Callable[[bytes], Any]]:
     return {f"/{SERVICE}/ClassifyBatch": batch_parser(settings.max_batch_images)}
+
+
+def _rooms(settings: GatewaySettings) -> dict[str, Shares]:
+    """Return how many calls there may be of each kind, so that none takes the places of another: health's above all."""
+    streams = Shares(settings.max_streams)
+    return {
+        ALL_OTHERS: Shares(settings.max_in_flight + _SPARE_CALLS),
+        f"/{SERVICE}/ClassifyStream": streams,
+        f"/{passthrough.SERVICE}/ModelStreamInfer": streams,
+        "/grpc.health.v1.Health/Watch": Shares(MAX_WATCHERS),
+        "/grpc.health.v1.Health/": Shares(_MAX_CHECKS),
+        f"/{reflection.SERVICE_NAME}/": Shares(_MAX_REFLECTIONS),
+    }
 
 
 def _access(settings: GatewaySettings) -> Access | None:

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import aclosing
 from functools import partial, wraps
 from itertools import chain
@@ -15,12 +14,14 @@ import numpy as np
 from gateway.admission import Admission, Slot
 from gateway.coalesce import OF_ONE_IMAGE, Lane, Rows
 from gateway.conversation import converse
+from gateway.decoders import Decoders
 from gateway.errors import (
     GatewayError,
     InvalidImageError,
     InvalidRequestError,
     OverloadedError,
     ReplacedError,
+    TooLateError,
     UnknownModelError,
     UnknownVersionError,
     UpstreamContractError,
@@ -49,7 +50,6 @@ InferenceRequest = pb.ClassifyRequest | pb.ClassifyBatchRequest | pb.EmbedReques
 Answer = pb.ClassifyResponse | pb.ClassifyBatchResponse | pb.EmbedResponse | pb.CompareResponse
 Request = TypeVar("Request")
 Response = TypeVar("Response")
-Result = TypeVar("Result")
 
 REASON_KEY = "sluice-reason"
 """Trailing metadata that names the error's class, so that a client need not read its text."""
@@ -58,6 +58,7 @@ _STATUS: dict[type[GatewayError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     UnknownModelError: grpc.StatusCode.NOT_FOUND,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED,
     UpstreamUnavailableError: grpc.StatusCode.UNAVAILABLE,
     UpstreamTimeoutError: grpc.StatusCode.DEADLINE_EXCEEDED,
     UpstreamFailedError: grpc.StatusCode.INTERNAL,
@@ -79,9 +80,13 @@ _DEFAULT_METHOD = pb.SIMILARITY_METHOD_EMBEDDING_COSINE
 # Below both, decoding takes less than the hop to a thread and back, about 0.1 ms.
 _INLINE_BYTES = 64 * 1024
 _INLINE_PIXELS = 128 * 128
+# A batch of raw images below this, about twenty of 28x28, takes less than the hop too.
+_INLINE_BATCH_BYTES = 16 * 1024
 # Images of a batch that share one hop.
 _CHUNK = 32
-# Longest that an image of a stream waits to be let in.
+# How long a turn of them takes before others have theirs, or longer by what one image takes.
+_TURN_SECONDS = 0.01
+# Longest that an image of a stream waits to be let in; those behind it are not read.
 _ROOM_SECONDS = 10.0
 
 
@@ -115,7 +120,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         admission: How much at once.
         lanes: Where inferences go.
         require: Raises where a version is known not to answer, by its model's name and its number.
-        decoders: Runs what takes longer than the event loop should be held up.
+        decoders: Run what takes longer than the event loop should be held up.
         limits: Of one image.
         max_batch_images: Of one ClassifyBatch.
         stream_window: Images of one ClassifyStream that are read and were not answered yet.
@@ -130,7 +135,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         admission: Admission,
         lanes: Lanes,
         require: Callable[[str, int], None],
-        decoders: Executor,
+        decoders: Decoders,
         limits: Limits,
         max_batch_images: int,
         stream_window: int,
@@ -163,13 +168,13 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
         lane = self._lane(model, PROBABILITIES)
-        num_bytes = sum(map(_num_bytes, request.images))
+        num_bytes = request.ByteSize()
         with self._enter(len(request.images), num_bytes, context, lane) as slot:
             started = time.perf_counter()
-            read = await self._read_all(request.images, model.card)
+            read = await self._read_all(request.images, model.card, num_bytes, slot.identity)
             budget.current().spend("decode", time.perf_counter() - started)
             good = [one for one in read if not isinstance(one, InvalidImageError)]
-            rows = iter(await self._ask(lane, good, slot, request, context) if good else ())
+            rows = iter(await self._ask(model, PROBABILITIES, good, slot, request, context) if good else ())
         answers = [one if isinstance(one, InvalidImageError) else next(rows) for one in read]
         results = [
             _failure(one, index) if isinstance(one, GatewayError) else _success(_top(one, num_top, model))
@@ -185,9 +190,9 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         if not model.embedding_width:
             raise InvalidRequestError("model", _without_embedding(model))
         lane = self._lane(model, EMBEDDING)
-        with self._enter(1, _num_bytes(request.image), context, lane) as slot:
-            pixels = await self._read(request.image, model.card, field="image")
-            (row,) = await self._ask(lane, (pixels,), slot, request, context)
+        with self._enter(1, request.ByteSize(), context, lane) as slot:
+            pixels = await self._read(request.image, model.card, slot.identity, field="image")
+            (row,) = await self._ask(model, EMBEDDING, (pixels,), slot, request, context)
         if isinstance(row, GatewayError):
             raise row
         return pb.EmbedResponse(vector=row.tolist(), model=model.name, model_version=model.version)
@@ -199,12 +204,12 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         model = await self._catalog.find(request.model, request.model_version)
         number, method = _method(request, model)
         lane = self._lane(model, EMBEDDING) if method == "embedding_cosine" else None
-        num_bytes = _num_bytes(request.first) + _num_bytes(request.second)
-        with self._enter(2, num_bytes, context, lane) as slot:
-            first = await self._read(request.first, model.card, field="first")
-            second = await self._read(request.second, model.card, field="second")
+        with self._enter(2, request.ByteSize(), context, lane) as slot:
+            first = await self._read(request.first, model.card, slot.identity, field="first")
+            second = await self._read(request.second, model.card, slot.identity, field="second")
             if lane is not None:
-                score = _alike(first, second, await self._ask(lane, (first, second), slot, request, context))
+                rows = await self._ask(model, EMBEDDING, (first, second), slot, request, context)
+                score = _alike(first, second, rows)
             else:
                 score = PIXEL_METHODS[method](first, second)
         return pb.CompareResponse(score=score, method=number, model=model.name, model_version=model.version)
@@ -230,35 +235,52 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self, request_iterator: AsyncIterator[pb.ClassifyStreamRequest], context: Context
     ) -> AsyncIterator[pb.ClassifyStreamResponse]:
         """Classify images as they come; what is wrong with one is told in its place."""
-        answer = partial(self._classify_streamed, context)
-        async with aclosing(converse(request_iterator, answer, window=self._stream_window)) as answers:
+        take = partial(self._take_streamed, context)
+        async with aclosing(converse(request_iterator, take, window=self._stream_window)) as answers:
             async for response in answers:
                 yield response
 
-    async def _classify_streamed(
+    async def _take_streamed(
         self, context: Context, request: pb.ClassifyStreamRequest
-    ) -> pb.ClassifyStreamResponse:
-        classify = partial(self._classify, request.request, context)
+    ) -> Awaitable[pb.ClassifyStreamResponse]:
+        """Take in one image as soon as there is room: a stream is slowed down where a call is sent away."""
         try:
-            response = await self._when_there_is_room(partial(self._whatever_is_replaced, classify))
-        except GatewayError as error:
-            return pb.ClassifyStreamResponse(
-                id=request.id, result=pb.ClassifyResult(code=_status(error).value[0], error=str(error))
+            slot = await self._admission.enter_in_turn(
+                1, num_bytes=request.ByteSize(), identity=identity(context), timeout_seconds=_ROOM_SECONDS
             )
+        except OverloadedError as error:
+            refused = asyncio.get_running_loop().create_future()
+            refused.set_result(_failure_streamed(error, request))
+            return refused
+        answering = asyncio.ensure_future(self._classify_streamed(slot, context, request))
+        # Not by the task itself: one that is cancelled before it begins would never do it.
+        answering.add_done_callback(lambda _: slot.release())
+        return answering
+
+    async def _classify_streamed(
+        self, slot: Slot, context: Context, request: pb.ClassifyStreamRequest
+    ) -> pb.ClassifyStreamResponse:
+        try:
+            response = await self._whatever_is_replaced(partial(self._classify, request.request, context, slot))
+        except GatewayError as error:
+            return _failure_streamed(error, request)
         self._on_answer(response.model, response.model_version)
         return pb.ClassifyStreamResponse(
             id=request.id, result=pb.ClassifyResult(prediction=response.prediction, top=response.top),
             model=response.model, model_version=response.model_version,
         )  # fmt: skip
 
-    async def _classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
+    async def _classify(
+        self, request: pb.ClassifyRequest, context: Context, held: Slot | None = None
+    ) -> pb.ClassifyResponse:
+        """Classify one image, in a place of its own where none is held for it."""
         _require(request, "image")
         model = await self._catalog.find(request.model, request.model_version)
         num_top = _num_top(request, model)
         lane = self._lane(model, PROBABILITIES)
-        with self._enter(1, _num_bytes(request.image), context, lane) as slot:
-            pixels = await self._read(request.image, model.card, field="image")
-            (row,) = await self._ask(lane, (pixels,), slot, request, context)
+        with held.hold() if held is not None else self._enter(1, request.ByteSize(), context, lane) as slot:
+            pixels = await self._read(request.image, model.card, slot.identity, field="image")
+            (row,) = await self._ask(model, PROBABILITIES, (pixels,), slot, request, context)
         if isinstance(row, GatewayError):
             raise row
         top = _top(row, num_top, model)
@@ -272,35 +294,31 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
                 await self._catalog.refresh()
         return await ask()
 
-    async def _when_there_is_room(self, ask: Callable[[], Awaitable[Response]]) -> Response:
-        """Ask again while it is refused for want of room: a stream is slowed down where a call is sent away."""
-        end = asyncio.get_running_loop().time() + _ROOM_SECONDS
-        while True:
-            try:
-                return await ask()
-            except OverloadedError as error:
-                if asyncio.get_running_loop().time() + error.retry_after_seconds > end:
-                    raise
-                await asyncio.sleep(error.retry_after_seconds)
-
     def _lane(self, model: ServedVersion, output: Output) -> Lane:
         self._require(model.name, model.version)
         return self._lanes.of(model, output)
 
     def _enter(self, num_images: int, num_bytes: int, context: Context, lane: Lane | None) -> Slot:
         started = time.perf_counter()
+        caller = identity(context)
         slot = self._admission.enter(
             num_images,
             num_bytes=num_bytes,
-            identity=identity(context),
+            identity=caller,
             remaining_seconds=context.time_remaining(),
-            expected_seconds=lane.expected_seconds(num_images) if lane is not None else 0.0,
+            expected_seconds=lane.expected_seconds(num_images, caller) if lane is not None else 0.0,
         )
         budget.current().spend("admission", time.perf_counter() - started)
         return slot
 
     async def _ask(
-        self, lane: Lane, images: Sequence[Pixels], slot: Slot, request: InferenceRequest, context: Context
+        self,
+        model: ServedVersion,
+        output: Output,
+        images: Sequence[Pixels],
+        slot: Slot,
+        request: InferenceRequest,
+        context: Context,
     ) -> list[Rows | GatewayError]:
         """
         Return the model's row for each image, or why it has none.
@@ -310,6 +328,8 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         Raises:
             GatewayError: There is an answer to none of them.
         """
+        # Not the lane of before the images were decoded: the version may have gone or died meanwhile.
+        lane = self._lane(model, output)
         remaining = context.time_remaining()
         loop = asyncio.get_running_loop()
         deadline = None if remaining is None else loop.time() + remaining
@@ -331,7 +351,8 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             spent.count("batch", ask.num_shared)
         errors = [answer for answer in answers if isinstance(answer, GatewayError)]
         if errors:
-            self._on_upstream_error()
+            if not all(isinstance(error, TooLateError) for error in errors):
+                self._on_upstream_error()
             self._raise_for_all(errors, len(answers), request)
         return answers
 
@@ -343,33 +364,49 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
             if len(errors) == num_images or not isinstance(error, OF_ONE_IMAGE):
                 raise error
 
-    async def _read(self, image: pb.Image, card: Card, *, field: str) -> Pixels:
+    async def _read(self, image: pb.Image, card: Card, caller: str, *, field: str) -> Pixels:
         """Read the image that the request holds in ``field``."""
         started = time.perf_counter()
         try:
-            return await self._read_where_it_pays(image, card)
+            return await self._read_where_it_pays(image, card, caller)
         except InvalidImageError as error:
             raise error.within(field) from error
         finally:
             budget.current().spend("decode", time.perf_counter() - started)
 
-    async def _read_where_it_pays(self, image: pb.Image, card: Card) -> Pixels:
+    async def _read_where_it_pays(self, image: pb.Image, card: Card, caller: str) -> Pixels:
         manner = _manner(image, card)
         if image.ByteSize() > _INLINE_BYTES or may_inflate(image.encoded):
             # Even a header may hide a long walk.
-            return await self._in_thread(lambda: self._open(image).frame(manner))
+            return await self._decoders.run(lambda: self._open(image).frame(manner), caller)
         picture = self._open(image)
         if picture.num_pixels > _INLINE_PIXELS:
-            return await self._in_thread(partial(picture.frame, manner))
+            return await self._decoders.run(partial(picture.frame, manner), caller)
         return picture.frame(manner)
 
-    async def _read_all(self, images: Sequence[pb.Image], card: Card) -> list[Pixels | InvalidImageError]:
-        def read(start: int) -> list[Pixels | InvalidImageError]:
-            return [self._read_or_refuse(image, card) for image in images[start : start + _CHUNK]]
+    async def _read_all(
+        self, images: Sequence[pb.Image], card: Card, num_bytes: int, caller: str
+    ) -> list[Pixels | InvalidImageError]:
+        def read(part: Sequence[pb.Image]) -> list[Pixels | InvalidImageError]:
+            until = time.perf_counter() + _TURN_SECONDS
+            done = list[Pixels | InvalidImageError]()
+            for image in part:
+                done.append(self._read_or_refuse(image, card))
+                if time.perf_counter() > until:
+                    break
+            return done
 
-        chunks = await asyncio.gather(
-            *(self._in_thread(partial(read, start)) for start in range(0, len(images), _CHUNK))
-        )
+        async def read_in_turns(part: Sequence[pb.Image]) -> list[Pixels | InvalidImageError]:
+            done = list[Pixels | InvalidImageError]()
+            while len(done) < len(part):
+                done += await self._decoders.run(partial(read, part[len(done) :]), caller)
+            return done
+
+        is_raw = all(image.WhichOneof("source") == "raw" for image in images[:_CHUNK])
+        if is_raw and len(images) <= _CHUNK and num_bytes <= _INLINE_BATCH_BYTES:
+            return [self._read_or_refuse(image, card) for image in images]
+        starts = range(0, len(images), _CHUNK)
+        chunks = await asyncio.gather(*(read_in_turns(images[start : start + _CHUNK]) for start in starts))
         return list(chain.from_iterable(chunks))
 
     def _read_or_refuse(self, image: pb.Image, card: Card) -> Pixels | InvalidImageError:
@@ -395,10 +432,6 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
                     limits=self._limits,
                 )
         raise InvalidImageError("", "missing; give encoded or raw")
-
-    async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        # The executor's queue is bounded by admission; a cancelled caller takes back what has not begun.
-        return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
 
 
 async def _abort(context: Context, error: GatewayError) -> NoReturn:
@@ -494,10 +527,12 @@ def _success(top: list[pb.Prediction]) -> pb.ClassifyResult:
     return pb.ClassifyResult(prediction=top[0], top=top)
 
 
+def _failure_streamed(error: GatewayError, request: pb.ClassifyStreamRequest) -> pb.ClassifyStreamResponse:
+    return pb.ClassifyStreamResponse(
+        id=request.id, result=pb.ClassifyResult(code=_status(error).value[0], error=str(error))
+    )
+
+
 def _failure(error: GatewayError, index: int) -> pb.ClassifyResult:
     told = error.within(f"images[{index}]") if isinstance(error, InvalidImageError) else f"images[{index}]: {error}"
     return pb.ClassifyResult(code=_status(error).value[0], error=str(told))
-
-
-def _num_bytes(image: pb.Image) -> int:
-    return len(image.encoded) or len(image.raw.pixels)

@@ -57,13 +57,15 @@ class GatewaySettings(Settings):
     max_in_flight: int = Field(2048, ge=2, le=1_000_000)
     """Most images worked on at once, over all calls, of which a comparison is two; what comes beyond is refused."""
     max_in_flight_bytes: int = Field(256 * _MEBI, ge=1024, le=64 * 1024 * _MEBI)
-    """Most bytes of images worked on at once, as they came; beyond, calls are refused."""
+    """Most bytes of requests worked on at once, as they came; beyond, calls are refused."""
+    max_streams: int = Field(1024, ge=1, le=1_000_000)
+    """Most streams open at once, ClassifyStream and ModelStreamInfer together; beyond, they are refused."""
     batches_per_instance: int = Field(2, ge=1, le=16)
-    """Most requests at Triton at once, for each instance of the model: one that runs, one that is next."""
+    """Most requests at Triton at once, for each instance of the model over all Tritons: one that runs, one is next."""
     single_flight: bool = True
     """Whether equal images that are under way at the same time are asked of Triton once."""
     cache_rows: int = Field(0, ge=0, le=100_000_000)
-    """Answers kept for images that come again, byte by byte the same, about 1.2 kB each; 0 keeps none."""
+    """Answers kept for equal images, 1.2 kB each, of versions whose card has their weights' digest; 0 keeps none."""
     decode_threads: int = Field(2, ge=1, le=256)
     """Threads that decode large images; small ones are decoded where they arrive."""
 
@@ -74,8 +76,10 @@ class GatewaySettings(Settings):
     """After this long without an answer to the probe the gateway reports NOT_SERVING, in seconds."""
     request_seconds: float = Field(10.0, gt=0, le=3600)
     """How long a call may take to bring its request, or a stream its first, in seconds; less where many are silent."""
+    stream_idle_seconds: float = Field(900.0, ge=0, le=86400)
+    """How long a stream may bring no further request, or take no answer, before it is ended, in seconds; 0 is never."""
     upstream_timeout_seconds: float = Field(30.0, gt=0, le=3600)
-    """Longest wait for Triton, also of a caller without a deadline, in seconds."""
+    """Longest wait for a batch, and then for Triton's answer, also of a caller without a deadline, in seconds."""
     drain_seconds: float = Field(20.0, ge=0, le=3600)
     """How long calls in flight may take after the first signal, in seconds; 0 ends them at once."""
 

@@ -7,7 +7,7 @@ gets a deadline here, and none is cancelled before the server has said that it i
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from gateway.errors import (
     OverloadedError,
     UnknownModelError,
     UnknownVersionError,
+    UnreachedError,
     UpstreamContractError,
     UpstreamFailedError,
     UpstreamTimeoutError,
@@ -39,9 +40,13 @@ _INPUT, _INPUT_DIMS = "image", [1, 28, 28]
 _MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 _RAW_INPUT_KEY = bytes([service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2])
 _TOLERANCE = 1e-3
-_VERSION = re.compile(r"(\d+)\.(\d+)")
+_RELEASE = re.compile(r"(\d+)\.(\d+)")
+# As callers write it; others are Triton's to refuse.
+_VERSION = re.compile(r"[1-9][0-9]{0,17}")
 # Release 25.06, which has the last of the fixes: server#8220, after server#7840 and server#8078.
 _BEARS_CANCELLING = (2, 59)
+# How gRPC begins to say that it has no connection; of one that broke, which a call may have passed, it says else.
+_NO_CONNECTION = ("failed to connect to all addresses", "errors resolving")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,7 @@ class Triton:
     Attributes:
         address: The same.
         may_cancel: Whether it bears that an inference is cancelled; as of the last look.
+        index: Models and versions that it has ready, of whatever kind; as of the last look.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class Triton:
     ) -> None:
         self.address = address
         self.may_cancel = False
+        self.index: Set[tuple[str, int]] = frozenset()
         self._outgoing = outgoing
         self._control_timeout_seconds = control_timeout_seconds
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
@@ -130,13 +137,16 @@ class Triton:
         # As large as admission lets it grow: a call that was left keeps its place there.
         self._running: set[asyncio.Task[Any]] = set()
         self._unfit: set[tuple[str, int]] = set()
+        self._described: dict[tuple[str, int], ReadyVersion] = {}
 
     async def ready_versions(self) -> Sequence[ReadyVersion]:
         """
         Return every ready version that keeps the gateway's contract; others are logged once and left out.
 
+        One that Triton does not describe is what it was before, or left out: it takes no other with it.
+
         Raises:
-            UpstreamError: Triton did not say.
+            GatewayError: Triton did not say which there are.
         """
         index, self.may_cancel = await asyncio.gather(
             self._control("RepositoryIndex", service_pb2.RepositoryIndexRequest(ready=True)), self._bears_cancelling()
@@ -147,8 +157,9 @@ class Triton:
         for key, found in zip(named, described, strict=True):
             if key in unfit - self._unfit:
                 log.warning("model not served", model=key[0], version=key[1], reason=str(found))
-        self._unfit = unfit
-        return [found for found in described if isinstance(found, ReadyVersion)]
+        self._unfit, self.index = unfit, frozenset(named)
+        self._described = {(found.name, found.version): found for found in described if isinstance(found, ReadyVersion)}
+        return list(self._described.values())
 
     def asking(self, name: str, version: int, output: Output, *, width: int) -> "Asking":
         """
@@ -206,7 +217,7 @@ class Triton:
             metadata = await self.control("ServerMetadata", service_pb2.ServerMetadataRequest())
         except grpc.aio.AioRpcError:
             return False
-        numbers = _VERSION.match(metadata.version)
+        numbers = _RELEASE.match(metadata.version)
         return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _BEARS_CANCELLING
 
     async def _describe(self, name: str, version: int) -> ReadyVersion | GatewayError:
@@ -217,6 +228,8 @@ class Triton:
         except (UnknownModelError, UpstreamContractError) as error:
             # Gone between the two questions, or not a model for this gateway.
             return error
+        except GatewayError as error:
+            return self._described.get((name, version), error)
 
     async def _control(self, method: str, request: Message, name: str = "", version: int = 0) -> Any:
         try:
@@ -236,7 +249,8 @@ class Triton:
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return OverloadedError("overloaded: Triton refused more", retry_after_seconds=0.1)
             case grpc.StatusCode.UNAVAILABLE:
-                return UpstreamUnavailableError("the inference server cannot be reached; try again")
+                kind = UnreachedError if has_not_left(error) else UpstreamUnavailableError
+                return kind("the inference server cannot be reached; try again")
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return UpstreamTimeoutError("the inference server does not answer")
             case grpc.StatusCode.INVALID_ARGUMENT:
@@ -309,6 +323,11 @@ def _varint(value: int) -> bytes:
     return bytes(groups)
 
 
+def has_not_left(error: grpc.aio.AioRpcError) -> bool:
+    """Tell whether a call that ended with this reached no Triton for sure, so that another may have it."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and (error.details() or "").startswith(_NO_CONNECTION)
+
+
 async def _awaited(call: Any) -> Any:
     return await call
 
@@ -322,15 +341,25 @@ def _ready_version(name: str, version: int, config: Any) -> ReadyVersion:
         raise UpstreamContractError(f"it needs an output {PROBABILITIES.name}, float32, one number for each class")
     if num_classes < 1 or config.max_batch_size < 1:
         raise UpstreamContractError("it needs at least one class and max_batch_size of at least 1")
-    num_instances = sum(max(group.count, 1) * max(len(group.gpus), 1) for group in config.instance_group)
     return ReadyVersion(
         name,
         version,
         num_classes,
         config.max_batch_size,
         embedding_width=max(_width(config, EMBEDDING) or 0, 0),
-        num_instances=max(num_instances, 1),
+        num_instances=num_instances(config),
     )
+
+
+def version_number(version: str) -> int:
+    """Return a version, as Triton's protocol has it, as a number; 0 for none, and for what is none."""
+    return int(version) if _VERSION.fullmatch(version) else 0
+
+
+def num_instances(config: Any) -> int:
+    """Return how many requests, or batches that it gathers itself, Triton runs at once of a model; at least 1."""
+    count: int = sum(max(group.count, 1) * max(len(group.gpus), 1) for group in config.instance_group)
+    return max(count, 1)
 
 
 def _width(config: Any, wanted: Output) -> int | None:

@@ -73,6 +73,7 @@ def part(settings: GatewaySettings, number: int, count: int) -> GatewaySettings:
             # A comparison is two images.
             "max_in_flight": share(settings.max_in_flight, max(2, settings.max_batch_images)),
             "max_in_flight_bytes": share(settings.max_in_flight_bytes, 1024),
+            "max_streams": share(settings.max_streams),
             "max_connections": share(settings.max_connections),
             # None stays none.
             "cache_rows": settings.cache_rows and share(settings.cache_rows),

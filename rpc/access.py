@@ -6,7 +6,7 @@ import enum
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +36,8 @@ _IPV6_NETWORK = 64
 
 # Each call has a context of its own, which its interceptor and its handler share.
 _key_name: ContextVar[str] = ContextVar("key_name", default="")
+_scopes: ContextVar[Container[str] | None] = ContextVar("scopes", default=None)
+_identity: ContextVar[str] = ContextVar("identity", default="")
 
 
 def key_metadata(api_key: str | None, address: str, tls: ClientTls | None) -> tuple[tuple[str, str], ...]:
@@ -110,6 +112,7 @@ class Access:
             return Refusal(code=grpc.StatusCode.UNAUTHENTICATED, details=str(error))
         if need is Need.ANY_KEY or need in key.scopes:
             _key_name.set(key.name)
+            _scopes.set(key.scopes)
             return None
         lacking = f"the scope {need!r}" if isinstance(need, str) else "any that opens this method"
         return Refusal(code=grpc.StatusCode.PERMISSION_DENIED, details=f"the API key {key.name!r} lacks {lacking}")
@@ -139,6 +142,12 @@ def key_name() -> str:
     return _key_name.get()
 
 
+def has_scope(scope: str) -> bool:
+    """Tell whether the caller's API key has a scope, from within a handler; True where none was asked for."""
+    scopes = _scopes.get()
+    return scopes is None or scope in scopes
+
+
 def identity(context: Context) -> str:
     """
     Return who calls, from within a handler: for shares and logs, the same over all connections of a caller.
@@ -146,6 +155,14 @@ def identity(context: Context) -> str:
     It is ``key:NAME`` of the API key, else ``certificate:SUBJECT`` of the client's certificate, else
     ``address:HOST``, without the port.
     """
+    known = _identity.get()
+    if not known:
+        known = _found_identity(context)
+        _identity.set(known)
+    return known
+
+
+def _found_identity(context: Context) -> str:
     name = _key_name.get()
     if name:
         return f"key:{name}"

@@ -69,7 +69,8 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the base 
     async def Check(self, request: Any, context: Context) -> Any:
         """Return the status; NOT_FOUND for a service that is not here."""
         if request.service not in self._services and request.service not in self._others:
-            known = ", ".join(sorted(filter(None, (*self._services, *self._others))))
+            # The others, which may be many or not for everybody to know, are not named.
+            known = ", ".join(sorted(filter(None, self._services)))
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
                 f"service: no service {request.service[:64]!a}; here are {known}, or empty for the server",

@@ -7,7 +7,9 @@ import functools
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,8 +17,10 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from rpc import budget
-from rpc.access import Access, Refusal, key_name
+from rpc.access import Access, Refusal, identity, key_name
 from rpc.budget import REQUEST_ID_KEY, Budget
+from rpc.retry import retry_metadata
+from rpc.shares import Shares
 from rpc.telemetry import MethodMetrics
 from rpc.tracing import Tracer
 
@@ -28,12 +32,16 @@ if TYPE_CHECKING:
     Parse = Callable[[bytes], Any]
 
 MAX_UNASKED = 128
-"""Calls that may wait long for their request, on one server; a server that bounds its calls leaves room for more."""
+"""Calls that may wait long for their request, in one room; a server that bounds its calls leaves room for more."""
+ALL_OTHERS = "/"
+"""Stands for every method that has no room of its own."""
 
 # All others that wait have this long. A request comes with its call, but many calls may come at one moment.
 _HASTE_SECONDS = 1.0
 # Streams that answer for as long as somebody asks: each of their requests has to come in time, not the first alone.
 _ANSWERING = ("/grpc.reflection.",)
+# When to try again where there is no room: calls end all the time, streams now and then.
+_RETRY_SECONDS = 1.0
 # Orchestrators poll health several times a second; their calls would drown the others in the log.
 _QUIET = ("/grpc.health.v1.Health/",)
 
@@ -53,7 +61,11 @@ class Guard(grpc.aio.ServerInterceptor):
 
     - A stream whose peer takes no message for too long is ABORTED: it would hold its place for ever.
     - A call whose peer sends no request for too long is ABORTED for the same reason. Where :data:`MAX_UNASKED` wait
-      for theirs already, the one that has waited longest has a second in all: silent calls keep out no others.
+      for theirs already, one of whoever has the most of them has a second in all: silent calls keep out no others.
+      So is a stream whose peer sends no further request for too long.
+    - Calls beyond those that a room holds, or a caller's share of them, are RESOURCE_EXHAUSTED. A call leaves its
+      room when its answer was taken: those who take none fill their own share.
+    - A stream whose API key is removed, or expires, is ended at its next request.
 
     Args:
         metrics: By path, as of :func:`rpc.telemetry.method_metrics`.
@@ -63,6 +75,9 @@ class Guard(grpc.aio.ServerInterceptor):
             :class:`UnfitError`.
         idle_seconds: How long a message may wait to be taken; None is without end.
         request_seconds: How long a request may take to come; None is without end.
+        pause_seconds: How long a stream may bring no further request; None is without end.
+        rooms: How many calls there may be, by ``/package.Service/Method``, or by ``/package.Service/`` for the rest
+            of a service, or by :data:`ALL_OTHERS`; what is in none is not bounded.
     """
 
     def __init__(
@@ -74,13 +89,19 @@ class Guard(grpc.aio.ServerInterceptor):
         parsers: Mapping[str, Parse] | None = None,
         idle_seconds: float | None = None,
         request_seconds: float | None = None,
+        pause_seconds: float | None = None,
+        rooms: Mapping[str, Shares] | None = None,
     ) -> None:
         self._metrics = metrics or {}
         self._access = access
         self._tracer = tracer
         self._parsers = parsers or {}
         self._idle_seconds = idle_seconds
-        self._unasked = _Unasked(request_seconds) if request_seconds is not None else None
+        self._request_seconds = request_seconds
+        # By room: calls of one kind that are silent hurry no others.
+        self._unasked: dict[Shares | None, _Silence | None] = {}
+        self._pausing = _Silence(pause_seconds) if pause_seconds is not None else None
+        self._rooms = rooms or {}
         self._running = _Running()
         # As many as there are methods.
         self._guarded: dict[str, Handler] = {}
@@ -98,16 +119,7 @@ class Guard(grpc.aio.ServerInterceptor):
             # No handler: unknown method, answered UNIMPLEMENTED by grpc itself.
             if handler is None:
                 return None
-            guarded = self._guarded[method] = _guard(
-                method,
-                handler,
-                self._metrics.get(method),
-                self._idle_seconds,
-                self._unasked,
-                self._running,
-                self._tracer,
-                self._parsers.get(method),
-            )
+            guarded = self._guarded[method] = _guard(handler, self._rules(method), self._running)
         if self._access is not None:
             refusal = self._access.check(method, handler_call_details.invocation_metadata)
             if refusal is not None:
@@ -117,6 +129,39 @@ class Guard(grpc.aio.ServerInterceptor):
     async def wait_idle(self) -> None:
         """Wait until no handler runs."""
         await self._running.none.wait()
+
+    def _rules(self, method: str) -> _Rules:
+        service = method[: method.rfind("/") + 1]
+        room = next((self._rooms[name] for name in (method, service, ALL_OTHERS) if name in self._rooms), None)
+        if room not in self._unasked:
+            seconds = self._request_seconds
+            self._unasked[room] = _Silence(seconds, MAX_UNASKED) if seconds is not None else None
+        return _Rules(
+            method=method,
+            metrics=self._metrics.get(method),
+            access=self._access,
+            tracer=self._tracer,
+            parser=self._parsers.get(method),
+            idle_seconds=self._idle_seconds,
+            unasked=self._unasked[room],
+            pausing=self._pausing,
+            room=room,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rules:
+    """What holds for the calls of one method; as of :class:`Guard`."""
+
+    method: str
+    metrics: MethodMetrics | None
+    access: Access | None = None
+    tracer: Tracer | None = None
+    parser: Parse | None = None
+    idle_seconds: float | None = None
+    unasked: _Silence | None = None
+    pausing: _Silence | None = None
+    room: Shares | None = None
 
 
 class _Running:
@@ -137,29 +182,22 @@ class _Running:
             self.none.set()
 
 
-def _guard(
-    method: str,
-    handler: Handler,
-    metrics: MethodMetrics | None,
-    idle_seconds: float | None,
-    unasked: _Unasked | None,
-    running: _Running,
-    tracer: Tracer | None,
-    parser: Parse | None,
-) -> Handler:
-    parse = parser or handler.request_deserializer or bytes
+def _guard(handler: Handler, rules: _Rules, running: _Running) -> Handler:
+    unasked, idle_seconds = rules.unasked, rules.idle_seconds
+    parse = rules.parser or handler.request_deserializer or bytes
     open_request: Any
     respond: Any
     if handler.request_streaming:
-        open_request = functools.partial(_each_parsed, unasked, method.startswith(_ANSWERING))
+        open_request = functools.partial(_each_parsed, rules)
         respond = handler.stream_stream if handler.response_streaming else handler.stream_unary
     else:
         open_request = _parsed if unasked is None else functools.partial(_first_parsed, unasked)
         respond = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
     async def unary(data: Any, context: Context) -> Any:
-        call = _Call(method, context, metrics, tracer)
+        call = _Call(rules, context)
         try:
+            await call.enter()
             request = open_request(parse, data, call)
             response = await respond(request if handler.request_streaming else await request, context)
             call.tell_budget()
@@ -169,10 +207,8 @@ def _guard(
             raise
         except grpc.aio.AbortError:
             raise
-        except _MalformedError as error:
-            await call.refuse(error)
-        except _SilentError as error:
-            await call.send_away(error)
+        except _EndedError as error:
+            await context.abort(error.code, str(error))
         except grpc.aio.BaseError:
             call.is_cut = True
             raise
@@ -182,8 +218,9 @@ def _guard(
             call.end()
 
     async def stream(data: Any, context: Context) -> None:
-        call, responses, patience = _Call(method, context, metrics, tracer), None, _Patience(idle_seconds)
+        call, responses, patience = _Call(rules, context), None, _Patience(idle_seconds)
         try:
+            await call.enter()
             request = open_request(parse, data, call)
             responses = respond(request if handler.request_streaming else await request, context)
             is_first = True
@@ -205,10 +242,8 @@ def _guard(
             await call.give_up(patience.seconds)
         except grpc.aio.AbortError:
             raise
-        except _MalformedError as error:
-            await call.refuse(error)
-        except _SilentError as error:
-            await call.send_away(error)
+        except _EndedError as error:
+            await context.abort(error.code, str(error))
         except grpc.aio.BaseError:
             # The peer is gone, and grpc.aio says so of what was to be sent to it.
             call.is_cut = True
@@ -253,7 +288,7 @@ def _refusing(
 ) -> Handler:
     async def refuse(_requests: object, context: Context) -> None:
         with running:
-            call = _Call(method, context, metrics)
+            call = _Call(_Rules(method=method, metrics=metrics), context)
             call.is_quiet = access.is_flooded(refusal, context)
             try:
                 await access.refuse(refusal, context, is_flooded=call.is_quiet)
@@ -271,89 +306,99 @@ async def _parsed(parse: Parse, data: bytes, call: _Call) -> Any:
         return parse(data)
     except DecodeError:
         # Raised and not refused here: a stream may read its requests in another task than it answers in.
-        raise _MalformedError from None
+        raise call.malformed() from None
     except UnfitError as error:
-        raise _MalformedError(str(error)) from None
+        raise _EndedError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
 
 
-async def _first_parsed(unasked: _Unasked, parse: Parse, _: AsyncIterator[bytes], call: _Call) -> Any:
+async def _first_parsed(unasked: _Silence, parse: Parse, _: AsyncIterator[bytes], call: _Call) -> Any:
     # Read by hand: an iterator that is left after its first message would be closed by a task of its own.
-    data = await unasked.wait(call.read())
+    data = await unasked.wait(call.read(), call.caller)
     if data is None:
-        raise _MalformedError
+        raise call.malformed()
     return await _parsed(parse, data, call)
 
 
-async def _each_parsed(
-    unasked: _Unasked | None, is_answering: bool, parse: Parse, stream: AsyncIterator[bytes], call: _Call
-) -> AsyncIterator[Any]:
+async def _each_parsed(rules: _Rules, parse: Parse, stream: AsyncIterator[bytes], call: _Call) -> AsyncIterator[Any]:
     requests = aiter(stream)
-    if unasked is not None:
-        while (data := await unasked.wait(anext(requests, None))) is not None:
-            yield await _parsed(parse, data, call)
-            if not is_answering:
-                break
-    async for data in requests:
+    silence = rules.unasked
+    while True:
+        message = anext(requests, None)
+        data = await (message if silence is None else silence.wait(message, call.caller))
+        if data is None:
+            return
+        call.check_key()
         yield await _parsed(parse, data, call)
+        if not rules.method.startswith(_ANSWERING):
+            silence = rules.pausing
 
 
 class UnfitError(Exception):
     """A parser's: the request is INVALID_ARGUMENT, and the caller is told these words."""
 
 
-class _MalformedError(Exception):
-    """Bytes that are not the method's request message, or not to be parsed."""
+class _EndedError(Exception):
+    """The call ends here, for a reason that the caller is told."""
+
+    def __init__(self, code: grpc.StatusCode, words: str) -> None:
+        super().__init__(words)
+        self.code = code
 
 
-class _SilentError(Exception):
-    """No request came in time."""
-
-
-class _Unasked:
+class _Silence:
     """
-    Calls whose request has not come, in the order in which they began to wait for it; one timer for all of them.
+    Calls that wait for a request, in the order in which they began to; one timer for all of them.
 
     Args:
         seconds: How long each may wait.
+        most: Of these calls; where more wait, some of them wait less long. None is as many as there are.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, most: int | None = None) -> None:
         self._seconds = seconds
+        self._most = most
         self._waits: dict[_Wait, None] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    async def wait(self, message: Awaitable[bytes | None]) -> bytes | None:
+    async def wait(self, message: Awaitable[bytes | None], caller: str) -> bytes | None:
         """
         Return the message, None where there is none any more.
 
         Raises:
-            _SilentError: It did not come in time.
+            _EndedError: It did not come in time.
         """
-        wait = self._begin()
+        wait = self._begin(caller)
         try:
             return await message
         except asyncio.CancelledError:
             if not wait.take_back():
                 raise
-            raise _SilentError(
-                f"no request came within {self._seconds:g} s, or less where many calls wait for theirs"
-            ) from None
+            raise _EndedError(grpc.StatusCode.ABORTED, self._words()) from None
         finally:
             wait.is_over = True
             self._waits.pop(wait, None)
 
-    def _begin(self) -> _Wait:
+    def _words(self) -> str:
+        if self._most is None:
+            return f"no request came for {self._seconds:g} s; open the stream again when there is one"
+        return f"no request came within {self._seconds:g} s, or less where many calls wait for theirs"
+
+    def _begin(self, caller: str) -> _Wait:
         loop = asyncio.get_running_loop()
         now = loop.time()
-        wait = _Wait(now, now + self._seconds)
+        wait = _Wait(caller, now, now + self._seconds)
         self._waits[wait] = None
         if self._timer is None:
             self._timer = loop.call_at(wait.ends, self._look)
-        if len(self._waits) > MAX_UNASKED:
-            oldest = next(iter(self._waits))
-            del self._waits[oldest]
-            loop.call_at(max(now, oldest.began + _HASTE_SECONDS), oldest.run_out)
+        if self._most is not None and len(self._waits) > self._most:
+            hurried = self._oldest_of_most()
+            del self._waits[hurried]
+            loop.call_at(max(now, hurried.began + _HASTE_SECONDS), hurried.run_out)
         return wait
+
+    def _oldest_of_most(self) -> _Wait:
+        ((caller, _),) = Counter(wait.caller for wait in self._waits).most_common(1)
+        return next(wait for wait in self._waits if wait.caller == caller)
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
@@ -369,13 +414,14 @@ class _Unasked:
 class _Wait:
     """One task's wait for a request."""
 
-    __slots__ = ("_ran_out", "_task", "began", "ends", "is_over")
+    __slots__ = ("_ran_out", "_task", "began", "caller", "ends", "is_over")
 
-    def __init__(self, began: float, ends: float) -> None:
+    def __init__(self, caller: str, began: float, ends: float) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
         self._ran_out = False
+        self.caller = caller
         self.began = began
         self.ends = ends
         self.is_over = False
@@ -392,30 +438,61 @@ class _Wait:
 
 
 class _Call:
-    """One call on its way: what log and metrics say of it."""
+    """
+    One call on its way: its place, and what log and metrics say of it.
 
-    def __init__(
-        self, method: str, context: Context, metrics: MethodMetrics | None, tracer: Tracer | None = None
-    ) -> None:
+    Attributes:
+        caller: Who calls, as of :func:`rpc.access.identity`.
+    """
+
+    def __init__(self, rules: _Rules, context: Context) -> None:
         self.is_cut = False
-        self.is_quiet = method.startswith(_QUIET)
-        self._method = method
+        self.is_quiet = rules.method.startswith(_QUIET)
+        self._rules = rules
         self._context = context
-        self._metrics = metrics
         self._has_ended = False
         self._started = time.perf_counter()
         # Asked for now: a cancelled stream is closed after its call is freed, and asking then crashes (grpc 1.85).
         self._peer = context.peer()
+        self._metadata = context.invocation_metadata()
+        self.caller = identity(context)
         key = key_name()
-        self._caller = {"key": key} if key else {}
+        self._key = {"key": key} if key else {}
         self._budget: Budget | None = None
         if not self.is_quiet:
-            self._budget = budget.begin(context.invocation_metadata())
+            self._budget = budget.begin(self._metadata)
             context.set_trailing_metadata(((REQUEST_ID_KEY, self._budget.request_id),))
-        self._tracer = None if self.is_quiet else tracer
-        self._span = self._tracer.begin(method, context.invocation_metadata()) if self._tracer else None
-        if metrics is not None:
-            metrics.begin()
+        self._tracer = None if self.is_quiet else rules.tracer
+        self._span = self._tracer.begin(rules.method, self._metadata) if self._tracer else None
+        if rules.metrics is not None:
+            rules.metrics.begin()
+
+    async def enter(self) -> None:
+        """Take a place in the method's room, or end the call, which raises."""
+        room = self._rules.room
+        if room is None:
+            return
+        if room.lack(self.caller, 1):
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            words = f"overloaded: {room.refuse(self.caller, 1, 'calls')}; try again later"
+            await self._context.abort(code, words, retry_metadata(code, words, _RETRY_SECONDS))
+        room.take(self.caller, 1)
+        # The task is grpc's own: it ends when the status was taken, or nobody is left to take it.
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(functools.partial(_give_back, room, self.caller))
+
+    def check_key(self) -> None:
+        """
+        Look at the caller's key again.
+
+        Raises:
+            _EndedError: It opens this method no more.
+        """
+        if self._rules.access is not None:
+            refusal = self._rules.access.check(self._rules.method, self._metadata)
+            if refusal is not None:
+                raise _EndedError(refusal.code, refusal.details)
 
     async def read(self) -> bytes | None:
         """Return the request, None where none comes."""
@@ -423,20 +500,18 @@ class _Call:
         return data if isinstance(data, bytes) else None
 
     def receive(self, data: bytes) -> None:
-        if self._metrics is not None:
-            self._metrics.receive(len(data))
+        if self._rules.metrics is not None:
+            self._rules.metrics.receive(len(data))
 
     def tell_budget(self) -> None:
         """Tell the caller the call's id and what its time went into, behind the answer that follows."""
         if self._budget is not None:
             self._context.set_trailing_metadata(self._budget.metadata(time.perf_counter() - self._started))
 
-    async def refuse(self, error: _MalformedError) -> None:
-        words = str(error) or f"request: not a valid message for {self._method}"
-        await self._context.abort(grpc.StatusCode.INVALID_ARGUMENT, words)
-
-    async def send_away(self, error: _SilentError) -> None:
-        await self._context.abort(grpc.StatusCode.ABORTED, str(error))
+    def malformed(self) -> _EndedError:
+        """Return what ends a call whose bytes are not its method's request."""
+        words = f"request: not a valid message for {self._rules.method}"
+        return _EndedError(grpc.StatusCode.INVALID_ARGUMENT, words)
 
     async def give_up(self, seconds: float) -> None:
         # Told now: the status waits for a peer that may never read.
@@ -447,7 +522,7 @@ class _Call:
 
     async def fail(self) -> None:
         incident = uuid.uuid4().hex[:12]
-        log.exception("rpc failed", method=self._method, incident=incident)
+        log.exception("rpc failed", method=self._rules.method, incident=incident)
         await self._context.abort(grpc.StatusCode.INTERNAL, f"internal error, logged as {incident}")
 
     def end(self, code: str = "") -> None:
@@ -456,14 +531,14 @@ class _Call:
             return
         self._has_ended = True
         seconds, code = time.perf_counter() - self._started, code or self._code()
-        if self._metrics is not None:
-            self._metrics.end(code, seconds)
+        if self._rules.metrics is not None:
+            self._rules.metrics.end(code, seconds)
         if self._tracer is not None and self._span is not None:
             self._tracer.end(self._span, code, self._budget.fields() if self._budget else {})
         if not self.is_quiet and log.is_enabled_for(logging.INFO):
             spent = {"request_id": self._budget.request_id, **self._budget.fields()} if self._budget else {}
-            fields = {"code": code, "seconds": round(seconds, 6), "peer": self._peer, **self._caller, **spent}
-            log.info("rpc", method=self._method, **fields)
+            fields = {"code": code, "seconds": round(seconds, 6), "peer": self._peer, **self._key, **spent}
+            log.info("rpc", method=self._rules.method, **fields)
 
     def _code(self) -> str:
         if self.is_cut or self._context.cancelled():
@@ -472,6 +547,10 @@ class _Call:
         code: grpc.StatusCode | int | None = self._context.code()
         code = code or grpc.StatusCode.OK
         return code.name if isinstance(code, grpc.StatusCode) else str(code)
+
+
+def _give_back(room: Shares, caller: str, _: asyncio.Task[Any]) -> None:
+    room.give_back(caller, 1)
 
 
 class _Patience:

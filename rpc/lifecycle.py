@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ _SETTLING_SECONDS = 0.5
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 # What grpc.aio calls the task in which a server takes calls.
 _SERVING = "_server_main_loop"
+_SERVER = "the gRPC server"
 
 
 class PortTakenError(OSError):
@@ -25,7 +26,7 @@ class PortTakenError(OSError):
 
 
 class ServerDiedError(Exception):
-    """grpc.aio took no more calls; only a new process serves again."""
+    """grpc.aio takes no more calls, or something else is gone that serving needs; only a new process serves again."""
 
 
 class Stoppable(Protocol):
@@ -138,6 +139,7 @@ async def run_until_signalled(
     grace_seconds: float,
     on_drain: Callable[[], object] | None = None,
     wait_idle: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    vital: Mapping[str, asyncio.Task[Any]] | None = None,
 ) -> None:
     """
     Serve until SIGTERM or SIGINT, then refuse new calls and let those in flight finish.
@@ -150,19 +152,21 @@ async def run_until_signalled(
         on_drain: Called at the first signal, before new calls are refused; tell health NOT_SERVING here.
         wait_idle: Waits until no call is in flight. gRPC itself goes on waiting for every connection to answer its
             goodbye, which a peer that hangs never does.
+        vital: What serving is nothing without, by name: a task that fails ends it at once.
 
     Raises:
-        ServerDiedError: The server ended by itself.
+        ServerDiedError: The server, or something vital, ended by itself.
     """
     first, second = asyncio.Event(), asyncio.Event()
-    with _signals(lambda: (second if first.is_set() else first).set()), _deaths() as died:
+    with _signals(lambda: (second if first.is_set() else first).set()), _deaths(vital or {}) as died:
         signalled = asyncio.create_task(first.wait())
         try:
             await asyncio.wait((signalled, died), return_when=asyncio.FIRST_COMPLETED)
             if died.done():
+                what, error = died.result()
                 raise ServerDiedError(
-                    f"the gRPC server ended by itself: {died.result()}; its process has to be started again"
-                ) from died.result()
+                    f"{what} ended by itself: {error}; its process has to be started again"
+                ) from error
             log.info("draining", grace_seconds=grace_seconds)
             if on_drain is not None:
                 on_drain()
@@ -176,7 +180,7 @@ async def run_until_signalled(
         finally:
             signalled.cancel()
             # One that has died cannot be stopped: grpc.aio says that it was cancelled.
-            if not died.done():
+            if not died.done() or died.result()[0] != _SERVER:
                 await server.stop(0)
     log.info("stopped")
 
@@ -188,27 +192,30 @@ async def _settled(wait_idle: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 
 @contextmanager
-def _deaths() -> Iterator[asyncio.Future[BaseException]]:
+def _deaths(vital: Mapping[str, asyncio.Task[Any]]) -> Iterator[asyncio.Future[tuple[str, BaseException]]]:
     """
-    Give a future that gets the error with which a server of this loop stops taking calls.
+    Give a future that gets the error with which a server of this loop stops taking calls, or something vital ends.
 
     grpc.aio tells nobody: the port closes, calls under way hang, and wait_for_termination goes on waiting. A request
     whose path is not UTF-8 is enough (grpcio 1.85), so whoever reaches the port can do that.
     """
-    died: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
+    died: asyncio.Future[tuple[str, BaseException]] = asyncio.get_running_loop().create_future()
+    watched = {task: what for what, task in vital.items()}
+    watched |= {
+        task: _SERVER for task in asyncio.all_tasks() if _SERVING in getattr(task.get_coro(), "__qualname__", "")
+    }
 
-    def look(ended: asyncio.Task[object]) -> None:
+    def look(ended: asyncio.Task[Any]) -> None:
         error = None if ended.cancelled() else ended.exception()
         if error is not None and not died.done():
-            died.set_result(error)
+            died.set_result((watched[ended], error))
 
-    serving = [task for task in asyncio.all_tasks() if _SERVING in getattr(task.get_coro(), "__qualname__", "")]
-    for task in serving:
+    for task in watched:
         task.add_done_callback(look)
     try:
         yield died
     finally:
-        for task in serving:
+        for task in watched:
             task.remove_done_callback(look)
 
 

@@ -14,14 +14,16 @@ class EchoTriton(FakeTriton):
     :class:`FakeTriton` with the rest of Triton's protocol, and a model ``echo`` whose outputs are its inputs.
 
     Attributes:
-        asked: Methods other than ModelInfer, in order of arrival.
+        methods: Methods other than ModelInfer, in order of arrival.
         reason: Why a model does not load, in the repository's index.
+        gathers: Whether ``echo`` makes batches of requests.
     """
 
     def __init__(self) -> None:
         super().__init__({"mnist": [1], "echo": [1]})
-        self.asked: list[str] = []
+        self.methods: list[str] = []
         self.reason = ""
+        self.gathers = True
         self.extensions = EXTENSIONS
 
     async def ModelInfer(self, request: Any, context: Context) -> Any:
@@ -44,12 +46,13 @@ class EchoTriton(FakeTriton):
 
     async def ModelConfig(self, request: Any, context: Context) -> Any:
         """Describe a model; ``echo`` takes any tensors."""
-        self.asked.append("ModelConfig")
+        self.methods.append("ModelConfig")
         if request.name != "echo":
             return await super().ModelConfig(request, context)
-        return service_pb2.ModelConfigResponse(
-            config=model_config_pb2.ModelConfig(name="echo", max_batch_size=self.max_batch_size)
-        )
+        config = model_config_pb2.ModelConfig(name="echo", max_batch_size=self.max_batch_size)
+        if self.gathers:
+            config.dynamic_batching.SetInParent()
+        return service_pb2.ModelConfigResponse(config=config)
 
     async def ModelMetadata(self, request: Any, context: Context) -> Any:
         """Name the model's tensors."""

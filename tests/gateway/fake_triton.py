@@ -1,7 +1,7 @@
 """A small Triton that answers what it is told to."""
 
 import asyncio
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import Callable, Collection, MutableSequence, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,6 +52,10 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         received: The images of every ModelInfer that arrived, in order of arrival.
         requests: Those requests.
         num_cancelled: ModelInfer calls that ended by the client's cancelling or deadline.
+        index: RepositoryIndex waits for it. Open at first.
+        asked: Set whenever a RepositoryIndex arrives.
+        held: Models whose ModelInfer waits for the gate, where not ``None``, while others' do not.
+        undescribed: Models whose ModelConfig fails.
         arrived: Set whenever a ModelInfer arrives, also one of the gateway's probe.
     """
 
@@ -77,6 +81,11 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.received: MutableSequence[NDArray[np.uint8]] = []
         self.requests: MutableSequence[Any] = []
         self.num_cancelled = 0
+        self.index = asyncio.Event()
+        self.index.set()
+        self.asked = asyncio.Event()
+        self.held: Collection[str] | None = None
+        self.undescribed: Collection[str] = ()
         self.arrived = asyncio.Event()
         self._server: grpc.aio.Server | None = None
         self._host, self._port = host, port
@@ -122,6 +131,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     async def RepositoryIndex(self, request: Any, context: Context) -> Any:
         """List ready versions."""
+        self.asked.set()
+        await self.index.wait()
         index = service_pb2.RepositoryIndexResponse
         return index(
             models=[
@@ -134,6 +145,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def ModelConfig(self, request: Any, context: Context) -> Any:
         """Describe a model as config.pbtxt does."""
         await self._check(request.name, request.version, context)
+        if request.name in self.undescribed:
+            await context.abort(grpc.StatusCode.INTERNAL, "failed to describe it")
         return service_pb2.ModelConfigResponse(
             config=model_config_pb2.ModelConfig(
                 name=request.name,
@@ -179,7 +192,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.requests.append(request)
         self.arrived.set()
         try:
-            await self.gate.wait()
+            if self.held is None or request.model_name in self.held:
+                await self.gate.wait()
         except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
@@ -190,6 +204,12 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
     async def _check(self, name: str, version: str, context: Context) -> None:
         if name not in self.models:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"Request for unknown model: '{name}' is not found")
+        if not version.isascii() or not version.isdecimal() or len(version) > 18:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"failed to get model version from specified version string '{version}' (details: stol), version "
+                "should be an integral value > 0",
+            )
         if int(version) not in self.models[name]:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,

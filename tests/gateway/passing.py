@@ -1,6 +1,5 @@
 """The passthrough in front of a Triton, without the rest of a gateway."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -25,17 +24,17 @@ class ChannelUpstream:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub: Any = service_pb2_grpc.GRPCInferenceServiceStub(channel)
 
-    def begin(self, method: str, request: Message) -> asyncio.Task[Any]:
-        """Start an RPC without a deadline."""
-
-        async def run() -> Any:
-            return await getattr(self._stub, method)(request)
-
-        return asyncio.create_task(run())
+    async def infer(self, request: Message) -> Any:
+        """Return the answer to an inference, without a deadline."""
+        return await self._stub.ModelInfer(request)
 
     async def control(self, method: str, request: Message) -> Any:
         """Return the answer, within seconds."""
         return await getattr(self._stub, method)(request, timeout=30)
+
+    def num_having(self, model: str) -> int:
+        """Return that there is one Triton."""
+        return 1
 
 
 class Readiness:

@@ -84,3 +84,22 @@ async def test_version_published_anew_under_its_number_is_asked_anew(
         triton.answer = lambda images: np.eye(10, dtype=np.float32)[[9] * len(images)]
         assert (await client.classify(digit)).label == 9
     assert sum(images.any() for images in triton.received) == 2
+
+
+async def test_version_that_was_unloaded_is_asked_anew_when_it_is_back(
+    settings: GatewaySettings, triton: FakeTriton, digit: Pixels
+) -> None:
+    card = settings.model_repository / "mnist" / "1" / "card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text('{"digest": "sha256:aa"}')
+    keeping = settings.model_copy(update={"cache_rows": 8})
+    async with GatewayServer(keeping) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        await client.classify(digit)
+        for models in ({}, {"mnist": [1]}):
+            triton.models = models
+            await client.models()
+        await client.wait_ready()
+        await client.classify(digit)
+
+    assert sum(images.any() for images in triton.received) == 2

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
@@ -13,6 +13,15 @@ async def numbers(count: int, read: list[int]) -> AsyncIterator[int]:
         yield number
 
 
+def taking(answer: Callable[[int], Awaitable[int]]) -> Callable[[int], Awaitable[Awaitable[int]]]:
+    """Return what takes in each request at once."""
+
+    async def take(number: int) -> Awaitable[int]:
+        return answer(number)
+
+    return take
+
+
 async def test_answers_come_as_they_are_ready() -> None:
     first_is_late = asyncio.Event()
 
@@ -23,7 +32,7 @@ async def test_answers_come_as_they_are_ready() -> None:
             first_is_late.set()
         return number
 
-    assert [told async for told in converse(numbers(5, []), answer, window=8)] == [1, 2, 3, 4, 0]
+    assert [told async for told in converse(numbers(5, []), taking(answer), window=8)] == [1, 2, 3, 4, 0]
 
 
 @pytest.mark.parametrize("window", [1, 3])
@@ -33,19 +42,37 @@ async def test_who_does_not_take_answers_is_not_read_any_further(window: int) ->
     async def answer(number: int) -> int:
         return number
 
-    async with aclosing(converse(numbers(100, read), answer, window=window)) as answers:
+    async with aclosing(converse(numbers(100, read), taking(answer), window=window)) as answers:
         assert await anext(answers) == 0
         for _ in range(100):
             await asyncio.sleep(0)
-        # One more is in the hands of the reader, who has no room for it.
-        assert len(read) <= window + 1
+        assert len(read) == window
+
+
+async def test_nothing_is_read_while_a_request_waits_to_be_taken_in() -> None:
+    read, has_room = list[int](), asyncio.Event()
+
+    async def answer(number: int) -> int:
+        return number
+
+    async def take(number: int) -> Awaitable[int]:
+        await has_room.wait()
+        return answer(number)
+
+    async with aclosing(converse(numbers(9, read), take, window=8)) as answers:
+        first = asyncio.ensure_future(anext(answers))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert read == [0]
+        has_room.set()
+        assert [await first, *[told async for told in answers]] == list(range(9))
 
 
 async def test_conversation_without_requests_ends() -> None:
     async def answer(number: int) -> int:
         return number
 
-    assert [told async for told in converse(numbers(0, []), answer, window=1)] == []
+    assert [told async for told in converse(numbers(0, []), taking(answer), window=1)] == []
 
 
 async def test_error_of_the_reader_ends_it_at_once() -> None:
@@ -58,7 +85,7 @@ async def test_error_of_the_reader_ends_it_at_once() -> None:
         return number
 
     with pytest.raises(ConnectionError, match="cut"):
-        await anext(converse(broken(), never, window=4))
+        await anext(converse(broken(), taking(never), window=4))
 
 
 async def test_error_of_an_answer_ends_it() -> None:
@@ -66,7 +93,7 @@ async def test_error_of_an_answer_ends_it() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await anext(converse(numbers(3, []), broken, window=4))
+        await anext(converse(numbers(3, []), taking(broken), window=4))
 
 
 async def test_closing_cancels_what_is_under_way() -> None:
@@ -80,7 +107,7 @@ async def test_closing_cancels_what_is_under_way() -> None:
             ended.append(number)
         return number
 
-    async with aclosing(converse(numbers(3, []), hang, window=4)) as answers:
+    async with aclosing(converse(numbers(3, []), taking(hang), window=4)) as answers:
         await anext(answers)
 
     assert sorted(ended) == [0, 1, 2]

@@ -25,13 +25,19 @@ class ScriptedSource:
     ready: list[ReadyVersion] = field(default_factory=list)
     failure: GatewayError | None = None
     num_asked: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    gate: asyncio.Event | None = None
 
     async def ready_versions(self) -> Sequence[ReadyVersion]:
         self.num_asked += 1
+        self.asked.set()
+        ready = list(self.ready)
         await asyncio.sleep(0)  # lets a second caller arrive meanwhile
+        if self.gate is not None:
+            await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        return list(self.ready)
+        return ready
 
 
 @pytest.fixture
@@ -126,6 +132,15 @@ async def test_unknown_model_names_those_there_are(catalog: Catalog) -> None:
         await catalog.find("b\0r", 0)
 
 
+@pytest.mark.parametrize(("name", "version"), [("", 3), ("resnet", 0)])
+async def test_caller_who_may_not_list_models_is_told_none(
+    source: ScriptedSource, tmp_path: Path, name: str, version: int
+) -> None:
+    closed = Catalog(source, repository=tmp_path, default_model="mnist", may_list=lambda: False)
+    with pytest.raises(UnknownModelError, match=r"(mnist has no version 3|no model 'resnet')$"):
+        await closed.find(name, version)
+
+
 async def test_no_model_yet_says_what_to_do(catalog: Catalog, source: ScriptedSource) -> None:
     source.ready.clear()
     with pytest.raises(UpstreamUnavailableError, match="no model is loaded yet; train one with `sluice train`"):
@@ -155,6 +170,34 @@ async def test_refreshes_at_the_same_time_ask_once(catalog: Catalog, source: Scr
 
     await catalog.refresh()
     assert source.num_asked == 2
+
+
+async def test_version_loaded_during_a_look_is_found_by_the_next(catalog: Catalog, source: ScriptedSource) -> None:
+    source.gate = asyncio.Event()
+    look = asyncio.create_task(catalog.refresh())
+    await source.asked.wait()
+    source.ready.append(ReadyVersion("mnist", 11, 10, 64))
+    asked = asyncio.create_task(catalog.find("mnist", 11))
+    await asyncio.sleep(0)  # it is not known
+    source.gate.set()
+
+    assert (await asked).version == 11
+    await look
+
+
+async def test_looks_are_few_when_callers_ask_for_what_is_not_there(catalog: Catalog, source: ScriptedSource) -> None:
+    await catalog.refresh()
+    loop = asyncio.get_running_loop()
+    started = loop.time()
+
+    async def insist() -> None:
+        while loop.time() < started + 0.5:
+            with pytest.raises(UnknownModelError):
+                await catalog.find("none", 0)
+
+    await asyncio.gather(*(insist() for _ in range(20)))
+
+    assert source.num_asked <= 2 + (loop.time() - started) / 0.1
 
 
 async def test_refresh_outlives_the_caller_who_began_it(catalog: Catalog, source: ScriptedSource) -> None:

@@ -59,11 +59,16 @@ async def refusal(call: Any) -> Any:
     return failed.value
 
 
+async def in_flight(admission: Admission, num_images: int) -> None:
+    """Wait until so many are in flight."""
+    async with asyncio.timeout(30):
+        while admission.num_images != num_images:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(0.01)
+
+
 async def idle(admission: Admission) -> None:
     """Wait until nothing is in flight: a place is given back a moment after the answer to it."""
-    async with asyncio.timeout(30):
-        while admission.num_images:  # noqa: ASYNC110 - no event tells
-            await asyncio.sleep(0.01)
+    await in_flight(admission, 0)
 
 
 class TestVersion:
@@ -129,12 +134,12 @@ class TestInfer:
         triton.max_batch_size = 65
         await stub.ModelInfer(asking((65, 3)))
 
-        assert triton.asked == ["ModelConfig"] * 2
+        assert triton.methods == ["ModelConfig"] * 2
 
     async def test_model_is_asked_for_once_for_many_calls(self, stub: Any, triton: EchoTriton) -> None:
         await asyncio.gather(*(stub.ModelInfer(asking()) for _ in range(20)))
 
-        assert triton.asked == ["ModelConfig"]
+        assert triton.methods == ["ModelConfig"]
 
     async def test_config_is_asked_for_again_when_old(
         self, stub: Any, triton: EchoTriton, admission: Admission, monkeypatch: pytest.MonkeyPatch
@@ -146,7 +151,7 @@ class TestInfer:
             while admission.num_admitted % 5 == 0:
                 await stub.ModelInfer(asking((5, 3)))
 
-        assert len(triton.asked) > 1
+        assert len(triton.methods) > 1
 
     @pytest.mark.parametrize(("max_batch_size", "shape", "expected"), [(64, (5, 3), 5), (0, (5, 3), 1), (64, (), 1)])
     async def test_admission_counts_the_batch(
@@ -297,6 +302,84 @@ class TestInfer:
             while (code := await stub.ModelInfer(asking()).code()) is CODE.UNAVAILABLE:
                 pass  # each turn is a request
         assert code is CODE.OK
+
+
+class TestTurns:
+    """Of inferences beyond those that a model has at Triton."""
+
+    @pytest.fixture(autouse=True)
+    def one_by_one(self, triton: EchoTriton) -> None:
+        """Have a model that does not gather requests."""
+        triton.gathers = False
+
+    async def test_flood_waits_here_and_not_at_triton(
+        self, stub: Any, triton: EchoTriton, admission: Admission
+    ) -> None:
+        triton.gate.clear()
+        calls = [asyncio.ensure_future(stub.ModelInfer(asking())) for _ in range(50)]
+        await triton.arrivals(passthrough._PER_INSTANCE)
+        await in_flight(admission, 50)
+        assert len(triton.requests) == passthrough._PER_INSTANCE
+        triton.gate.set()
+        await asyncio.gather(*calls)
+
+        assert len(triton.requests) == 50
+        await idle(admission)
+
+    @pytest.mark.parametrize("is_streamed", [False, True])
+    async def test_caller_that_leaves_before_its_turn_never_comes_to_triton(
+        self, stub: Any, passing: Passing, triton: EchoTriton, admission: Admission, is_streamed: bool
+    ) -> None:
+        triton.gate.clear()
+        calls = [asyncio.ensure_future(stub.ModelInfer(asking())) for _ in range(passthrough._PER_INSTANCE)]
+        await triton.arrivals(passthrough._PER_INSTANCE)
+        call = stub.ModelStreamInfer(iter([asking()] * 3)) if is_streamed else stub.ModelInfer(asking())
+        await in_flight(admission, passthrough._PER_INSTANCE + (3 if is_streamed else 1))
+        call.cancel()
+        await in_flight(admission, passthrough._PER_INSTANCE)
+        triton.gate.set()
+        await asyncio.gather(*calls)
+
+        assert len(triton.requests) == passthrough._PER_INSTANCE
+
+    async def test_call_that_cannot_be_answered_in_time_is_refused(
+        self, stub: Any, triton: EchoTriton, admission: Admission
+    ) -> None:
+        triton.gate.clear()
+        slow = asyncio.ensure_future(stub.ModelInfer(asking()))
+        await triton.arrivals(1)
+        await asyncio.sleep(0.5)  # is how long an inference takes
+        triton.gate.set()
+        await slow
+        triton.gate.clear()
+        calls = [asyncio.ensure_future(stub.ModelInfer(asking())) for _ in range(140)]
+        await in_flight(admission, 140)
+        # Behind 35 rounds of half a second.
+        error = await refusal(stub.ModelInfer(asking(), timeout=10))
+        triton.gate.set()
+        await asyncio.gather(*calls)
+
+        assert error.code() is CODE.RESOURCE_EXHAUSTED
+        assert "the deadline is in" in error.details()
+        assert len(triton.requests) == 141
+
+    async def test_call_whose_time_is_over_in_its_turn_is_dropped(
+        self, triton: EchoTriton, admission: Admission, readiness: Readiness
+    ) -> None:
+        triton.gate.clear()
+        async with (
+            passing_through(triton.address, admission, readiness, timeout_seconds=0.5) as passing,
+            grpc.aio.insecure_channel(passing.address) as channel,
+        ):
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            calls = [stub.ModelInfer(asking()) for _ in range(passthrough._PER_INSTANCE)]
+            await triton.arrivals(passthrough._PER_INSTANCE)
+            error = await refusal(stub.ModelInfer(asking()))
+            codes = [await call.code() for call in calls]
+
+        assert {error.code(), *codes} == {CODE.DEADLINE_EXCEEDED}
+        # What is at Triton keeps its place, what was not there has none.
+        assert admission.num_images == passthrough._PER_INSTANCE
 
 
 class TestStream:

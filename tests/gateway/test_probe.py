@@ -10,11 +10,16 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from gateway.client import ImageClient, ModelUnavailableError
+from gateway.fleet import Fleet
+from gateway.models import Catalog
+from gateway.probe import Probe
 from gateway.routing import path_of
-from gateway.server import SERVICE, GatewayServer
+from gateway.server import SERVICE, GatewayServer, run
 from gateway.settings import GatewaySettings
 from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
+from rpc.health import Health
+from rpc.lifecycle import ServerDiedError
 from tests.gateway.fake_triton import FakeTriton, confident, label_of
 from tests.scraping import value
 
@@ -95,14 +100,117 @@ async def test_gateway_started_before_triton_refuses_fast_and_recovers(
         assert (await client.classify(digit)).label == label_of(digit)
 
 
-async def test_probe_that_dies_takes_readiness_with_it(watch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_probe_that_dies_takes_readiness_and_the_process_with_it(
+    gateway: GatewayServer, watch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await status(watch, SERVING)
+    running = asyncio.create_task(run(gateway, grace_seconds=5))
+    async with grpc.aio.insecure_channel(gateway.address) as channel:
+        of_model = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=f"{SERVICE}/mnist"))
+        await status(of_model, SERVING)
 
-    def broken(path: Path) -> bytes:
-        raise ZeroDivisionError
+        def broken(path: Path) -> bytes:
+            raise ZeroDivisionError
 
-    monkeypatch.setattr(Path, "read_bytes", broken)
-    await status(watch, NOT_SERVING)
+        monkeypatch.setattr(Path, "read_bytes", broken)
+        await status(watch, NOT_SERVING)
+        await status(of_model, NOT_SERVING)
+    with pytest.raises(ServerDiedError, match="the probe ended by itself"):
+        await running
+
+
+async def test_serving_while_triton_does_not_say_what_it_has(
+    triton: FakeTriton, settings: GatewaySettings, digit: NDArray[np.uint8]
+) -> None:
+    hasty = settings.model_copy(update={"probe_timeout_seconds": 0.5})
+    async with GatewayServer(hasty) as gateway, ImageClient(gateway.address) as client:
+        await client.wait_ready()
+        triton.index.clear()
+        for _ in range(3):
+            triton.asked.clear()
+            await triton.asked.wait()  # the look before that was given up
+            assert (await client.classify(digit)).label == label_of(digit)
+        async with grpc.aio.insecure_channel(gateway.address) as channel:
+            call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+            await status(call, SERVING)
+            triton.failure = grpc.StatusCode.INTERNAL, "Stub process is not healthy"
+            await status(call, NOT_SERVING)
+            triton.failure = None
+            await status(call, SERVING)
+            triton.models = {"mnist": []}
+            await status(call, NOT_SERVING)
+            call.cancel()
+        triton.index.set()
+
+
+async def test_version_is_judged_while_another_hangs(triton: FakeTriton, settings: GatewaySettings) -> None:
+    triton.models = {"mnist": [1], "letters": [1]}
+    triton.held = {"letters"}
+    triton.gate.clear()
+    patient = settings.model_copy(update={"probe_timeout_seconds": 600})
+    async with GatewayServer(patient) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+        async with asyncio.timeout(60):
+            await status(call, SERVING)
+            triton.failure = grpc.StatusCode.INTERNAL, "Stub process is not healthy"
+            await status(call, NOT_SERVING)
+        call.cancel()
+        triton.gate.set()
+
+
+class Queue(FakeTriton):
+    """One whose queue is so long that the probe's inferences, which are blank, wait in it."""
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        if not any(request.raw_input_contents[0]):
+            await self.gate.wait()
+        return await super().ModelInfer(request, context)
+
+
+async def test_probe_that_waits_behind_others_does_not_fail_until_they_do(
+    settings: GatewaySettings, digit: NDArray[np.uint8]
+) -> None:
+    seconds = 0.5
+    async with Queue() as triton:
+        triton.held = ()
+        busy = settings.model_copy(update={"triton": triton.address, "probe_timeout_seconds": seconds})
+        async with (
+            GatewayServer(busy) as gateway,
+            ImageClient(gateway.address) as client,
+            grpc.aio.insecure_channel(gateway.address) as channel,
+        ):
+            call = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=SERVICE))
+            await status(call, SERVING)
+            triton.gate.clear()
+            loop = asyncio.get_running_loop()
+            started = loop.time()
+            while loop.time() < started + 4 * seconds:
+                await client.classify(digit)
+            stopped = loop.time()
+            await status(call, NOT_SERVING)
+            # It had not been told before.
+            assert loop.time() > stopped + seconds / 2
+            triton.gate.set()
+            await status(call, SERVING)
+            call.cancel()
+
+
+async def test_probes_are_few_however_many_calls_fail(triton: FakeTriton, tmp_path: Path) -> None:
+    fleet, health = Fleet([triton.address], control_timeout_seconds=5), Health([""])
+    catalog = Catalog(fleet, repository=tmp_path, default_model="mnist")
+    probe = Probe(catalog, fleet, health, service="", interval_seconds=600, timeout_seconds=60)
+    probe.start()
+    await health.serving()
+    loop = asyncio.get_running_loop()
+    started, num_before = loop.time(), len(triton.requests)
+    while loop.time() < started + 0.5:
+        probe.hasten()
+        await asyncio.sleep(0.001)
+    num_probes = len(triton.requests) - num_before
+    await probe.stop()
+    await fleet.close(5)
+
+    assert 1 <= num_probes <= 2 + (loop.time() - started) / 0.1
 
 
 def broken(version: int) -> Any:

@@ -19,6 +19,7 @@ from structlog.testing import capture_logs
 from gateway.client import (
     ClientTls,
     ImageClient,
+    ModelNotFoundError,
     PermissionDeniedError,
     SecureConnectionError,
     UnauthenticatedError,
@@ -86,6 +87,23 @@ async def test_client_without_a_key_or_with_a_wrong_one_is_told_where_it_goes(
             with pytest.raises(UnauthenticatedError, match="no API key") as refused:
                 await client.classify(digit)
         assert "too many calls without a right API key" in str(refused.value)
+
+
+async def test_names_of_models_are_for_those_who_may_list_them(
+    secured: GatewaySettings, trusting: ClientTls, tmp_path: Path, digit: NDArray[np.uint8]
+) -> None:
+    both = add_key(tmp_path / "keys.json", "both", ["classify", "models"])
+    one = add_key(tmp_path / "keys.json", "one", ["classify"])
+    async with GatewayServer(secured) as gateway:
+        async with ImageClient(gateway.address, tls=trusting, api_key=both) as client:
+            await client.wait_ready()
+            with pytest.raises(ModelNotFoundError, match="loaded are mnist"):
+                await client.classify(digit, model="other")
+        async with ImageClient(gateway.address, tls=trusting, api_key=one) as client:
+            with pytest.raises(ModelNotFoundError) as refused:
+                await client.classify(digit, model="other")
+
+    assert "mnist" not in str(refused.value)
 
 
 async def test_health_is_free_and_reflection_takes_any_key(

@@ -11,6 +11,7 @@ from gateway.errors import (
     GatewayError,
     OverloadedError,
     UnknownVersionError,
+    UnreachedError,
     UpstreamContractError,
     UpstreamFailedError,
     UpstreamUnavailableError,
@@ -167,6 +168,29 @@ async def test_ready_versions_leave_out_models_of_another_kind(adapter: Triton, 
 
     triton.dims = [3, 224, 224]
     assert await adapter.ready_versions() == []
+
+
+async def test_version_that_is_not_described_takes_no_other_with_it(adapter: Triton, triton: FakeTriton) -> None:
+    await adapter.ready_versions()
+    triton.models = {"mnist": [1], "odd": [1], "letters": [1]}
+    triton.undescribed = {"mnist", "odd"}
+    found = await adapter.ready_versions()
+
+    # What was known of it holds.
+    assert sorted(one.name for one in found) == ["letters", "mnist"]
+    assert adapter.index == {("mnist", 1), ("odd", 1), ("letters", 1)}
+
+
+async def test_call_that_has_not_left_is_told_from_one_that_has(adapter: Triton, triton: FakeTriton) -> None:
+    triton.gate.clear()
+    sent = asyncio.create_task(infer(adapter))
+    await triton.arrived.wait()
+    await triton.stop()
+    with pytest.raises(UpstreamUnavailableError) as lost:
+        await sent
+    assert not isinstance(lost.value, UnreachedError)
+    with pytest.raises(UnreachedError):
+        await infer(adapter)
 
 
 async def test_ready_versions_fail_when_nobody_listens(adapter: Triton, triton: FakeTriton) -> None:

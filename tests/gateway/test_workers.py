@@ -212,6 +212,7 @@ def test_limits_are_those_of_all_workers_together(
     assert sum(part.max_in_flight_bytes for part in parts) == max_in_flight_bytes
     assert (sum(part.cache_rows for part in parts) == 0) == (cache_rows == 0)
     assert all(part.decode_threads >= 1 for part in parts)
+    assert sum(part.max_streams for part in parts) == whole.max_streams
 
 
 def test_each_worker_has_room_for_the_largest_batch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations  # grpc's classes are generic in their stubs alone
 
 from collections.abc import AsyncIterator
+from contextvars import copy_context
 from pathlib import Path
 
 import grpc
@@ -11,9 +12,9 @@ import trustme
 from structlog.testing import capture_logs
 
 from rpc import access
-from rpc.access import Access, Need, Refusal, identity, key_metadata
+from rpc.access import Access, Need, Refusal, has_scope, identity, key_metadata
 from rpc.interceptor import Guard
-from rpc.keys import Keyring, add_key
+from rpc.keys import Keyring, add_key, remove_key
 from rpc.settings import SettingsError
 from rpc.tls import ClientTls, open_channel, server_credentials
 from tests.certificates import server_files, write
@@ -23,6 +24,13 @@ NEEDS: dict[str, str | Need] = {"/Test/Who": "who", "/Test/Free": Need.NOTHING, 
 
 async def _who(_request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
     return identity(context).encode()
+
+
+async def _who_each(
+    requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield await _who(request, context)
 
 
 @pytest.fixture
@@ -36,6 +44,7 @@ async def channel(keys: dict[str, str], tmp_path: Path) -> AsyncIterator[grpc.ai
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         name: grpc.unary_unary_rpc_method_handler(_who) for name in ("Who", "Free", "Unlisted")
     }
+    handlers["Each"] = grpc.stream_stream_rpc_method_handler(_who_each)
     for service in ("Test", "Any"):
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -89,6 +98,33 @@ async def test_refused_call_is_answered_before_its_request_is_read(channel: grpc
     method: grpc.aio.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary("/Test/Who")
     call = method(timeout=20)
     assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_stream_whose_key_is_removed_ends_at_its_next_request(
+    channel: grpc.aio.Channel, keys: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The file is looked at with every request.
+    monkeypatch.setattr("rpc.keys._LOOK_SECONDS", 0.0)
+    method: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream("/Any/Each")
+    call = method(metadata=(("authorization", f"Bearer {keys['other']}"),))
+    await call.write(b"")
+    assert await call.read() == b"key:other"
+    remove_key(tmp_path / "keys.json", "other")
+    await call.write(b"")
+
+    assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert await call.details() == "the API key is not known here"
+
+
+def test_scope_is_known_to_the_handler(keys: dict[str, str], tmp_path: Path) -> None:
+    entry = Access(Keyring(tmp_path / "keys.json"), NEEDS)
+
+    def shown(key: str) -> bool:
+        assert entry.check("/Any/Who", [("authorization", f"Bearer {key}")]) is None
+        return has_scope("who")
+
+    assert has_scope("who")  # nobody asks for keys
+    assert [copy_context().run(shown, key) for key in keys.values()] == [True, False]
 
 
 async def test_too_many_failed_tries_are_limited_and_a_right_key_is_not(

@@ -39,7 +39,10 @@ async def test_check_follows_what_is_reported(health: Health, health_stub: Any) 
     assert (await health_stub.Check(ask(""))).status == SERVING
 
 
-async def test_check_of_unknown_service_names_the_known(health_stub: Any) -> None:
+async def test_check_of_unknown_service_names_the_known_but_for_what_came_later(
+    health: Health, health_stub: Any
+) -> None:
+    health.tell("a.Service/model", True)
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await health_stub.Check(ask("b"))
 

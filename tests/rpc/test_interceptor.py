@@ -5,12 +5,15 @@ from __future__ import annotations  # grpc's classes are generic in their stubs 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import grpc
 import pytest
 from structlog.testing import capture_logs
 
-from rpc.interceptor import MAX_UNASKED, Guard
+from rpc.interceptor import ALL_OTHERS, MAX_UNASKED, Guard
+from rpc.shares import Shares
 
 SECRET = "the password is 1234"
 
@@ -102,9 +105,9 @@ async def _echo_each(requests: AsyncIterator[bytes], context: object) -> AsyncIt
 
 
 @asynccontextmanager
-async def impatient(request_seconds: float) -> AsyncIterator[grpc.aio.Channel]:
-    """A channel to a server that waits for so long for requests; it has methods of each kind."""
-    server = grpc.aio.server(interceptors=[Guard(request_seconds=request_seconds)])
+async def guarded(**options: Any) -> AsyncIterator[tuple[grpc.aio.Channel, grpc.aio.Channel]]:
+    """Channels of two callers, who come different ways, to a guarded server with methods of each kind."""
+    server = grpc.aio.server(interceptors=[Guard(**options)])
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "Echo": grpc.unary_unary_rpc_method_handler(_echo),
         "FailMidway": grpc.unary_stream_rpc_method_handler(_fail_midway),
@@ -112,11 +115,20 @@ async def impatient(request_seconds: float) -> AsyncIterator[grpc.aio.Channel]:
     }
     for service in ("Test", "grpc.reflection.Test"):
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    with TemporaryDirectory() as folder:
+        address, other = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", f"unix:{folder}/socket"
+        server.add_insecure_port(other)
+        await server.start()
+        async with grpc.aio.insecure_channel(address) as first, grpc.aio.insecure_channel(other) as second:
+            yield first, second
+        await server.stop(0)
+
+
+@asynccontextmanager
+async def impatient(request_seconds: float) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a server that waits for so long for requests."""
+    async with guarded(request_seconds=request_seconds) as (channel, _):
         yield channel
-    await server.stop(0)
 
 
 def silent(channel: grpc.aio.Channel, method: str) -> grpc.aio.StreamStreamCall[bytes, bytes]:
@@ -170,3 +182,69 @@ async def test_messages_after_the_first_may_take_their_time_but_for_reflection(
         await asyncio.sleep(0.8)  # longer than a first one may take
         await call.done_writing()
         assert await call.code() is ended
+
+
+async def test_stream_that_pauses_too_long_is_ended_and_one_that_talks_is_not() -> None:
+    async with guarded(request_seconds=60, pause_seconds=0.3) as (channel, _):
+        pausing, talking = silent(channel, "Test/Each"), silent(channel, "Test/Each")
+        await pausing.write(b"first")
+        await pausing.read()
+        while not pausing.done():
+            await talking.write(b"one more")
+            assert await talking.read() == b"one more"
+            await asyncio.sleep(0.01)
+
+        assert await pausing.code() is grpc.StatusCode.ABORTED
+        assert await pausing.details() == "no request came for 0.3 s; open the stream again when there is one"
+        await talking.done_writing()
+        assert await talking.code() is grpc.StatusCode.OK
+
+
+# Rooms
+
+
+async def test_streams_of_one_caller_take_neither_the_last_places_nor_those_of_other_methods() -> None:
+    rooms = {"/Test/Each": Shares(32), ALL_OTHERS: Shares(32)}
+    async with guarded(rooms=rooms) as (flood, other):
+        held = [silent(flood, "Test/Each") for _ in range(30)]
+        for call in held:
+            await call.write(b"")
+            await call.read()
+        refused = silent(flood, "Test/Each")
+        assert await refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "this caller has 30 calls in flight and its share is 16" in await refused.details()
+        assert dict(await refused.trailing_metadata())["grpc-retry-pushback-ms"] == "1000"
+
+        assert await unary(flood, "Echo")(b"call") == b"call"
+        welcome = silent(other, "Test/Each")
+        await welcome.write(b"stream")
+        assert await welcome.read() == b"stream"
+
+    assert {room.taken for room in rooms.values()} == {0}
+
+
+async def test_silent_calls_of_one_caller_hurry_no_other() -> None:
+    async with guarded(request_seconds=3600) as (flood, other):
+        # The one that has waited longest of all.
+        slow: grpc.aio.StreamUnaryCall[bytes, bytes] = other.stream_unary("/Test/Echo")()
+        await slow.wait_for_connection()
+        calls = [silent(flood, "Test/Echo") for _ in range(MAX_UNASKED + 10)]
+        ends = asyncio.as_completed([asyncio.create_task(call.code()) for call in calls])
+        assert [await next(ends) for _ in range(11)] == [grpc.StatusCode.ABORTED] * 11
+
+        await slow.write(b"at last")
+        await slow.done_writing()
+        assert await slow == b"at last"
+
+
+async def test_silent_calls_hurry_none_in_another_room() -> None:
+    rooms = {"/Test/": Shares(1000), "/grpc.reflection.Test/": Shares(1000)}
+    async with guarded(request_seconds=3600, rooms=rooms) as (channel, _):
+        slow = silent(channel, "Test/Each")
+        await slow.wait_for_connection()
+        calls = [silent(channel, "grpc.reflection.Test/Each") for _ in range(MAX_UNASKED + 10)]
+        ends = asyncio.as_completed([asyncio.create_task(call.code()) for call in calls])
+        assert [await next(ends) for _ in range(10)] == [grpc.StatusCode.ABORTED] * 10
+
+        await slow.write(b"at last")
+        assert await slow.read() == b"at last"

@@ -142,6 +142,23 @@ async def test_peer_that_never_answers_the_goodbye_holds_nothing_up() -> None:
     peer.close()
 
 
+async def test_failure_of_something_vital_ends_the_server() -> None:
+    server, port = await _serve(Slow())
+    failing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def wait() -> None:
+        await failing
+
+    vital = {"the heart": asyncio.create_task(wait())}
+    running = asyncio.create_task(run_until_signalled(server, grace_seconds=30, vital=vital))
+    failing.set_exception(ZeroDivisionError("stopped"))
+
+    with pytest.raises(ServerDiedError, match=r"^the heart ended by itself: stopped; its process"):
+        await asyncio.wait_for(running, 30)
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+
+
 async def test_server_that_died_ends_its_process() -> None:
     """A path that is not UTF-8 ends the loop in which grpc.aio takes calls, and it tells nobody."""
     server, port = await _serve(Slow())

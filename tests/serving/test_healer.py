@@ -37,14 +37,14 @@ class LoadedTriton(FakeTriton):
     One whose models are loaded and unloaded.
 
     Attributes:
-        asked: What it was asked to do, in order.
+        told: What it was told to do, in order.
         on_load: Called at each load; it may raise ``LookupError`` with what is wrong.
         num_executions: What its statistics say.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.told: list[str] = []
         self.changed = asyncio.Event()
         self.on_load: Callable[[], None] = lambda: None
         self.num_executions = 0
@@ -71,15 +71,15 @@ class LoadedTriton(FakeTriton):
         )
 
     def _note(self, what: str) -> None:
-        self.asked.append(what)
+        self.told.append(what)
         self.changed.set()
 
     async def until_asked(self, *wanted: str, times: int = 1) -> None:
         async with asyncio.timeout(60):
-            while self.asked.count(wanted[-1]) < times:
+            while self.told.count(wanted[-1]) < times:
                 self.changed.clear()
                 await self.changed.wait()
-        assert [one for one in self.asked if one in wanted] == [*wanted] * times
+        assert [one for one in self.told if one in wanted] == [*wanted] * times
 
 
 class TestOfAScriptedTriton:
@@ -127,7 +127,7 @@ class TestOfAScriptedTriton:
                     await triton.arrived.wait()
 
         assert num_tried == 3
-        assert triton.asked.count("load mnist") == 1
+        assert triton.told.count("load mnist") == 1
         assert [line["event"] for line in logs] == ["model reloading", "model reloaded"]
         assert "not healthy" in logs[0]["reason"]
 
@@ -141,8 +141,8 @@ class TestOfAScriptedTriton:
         async with healing(hang_seconds=0.2):
             await triton.until_asked("kill mnist/1", "unload mnist", "load mnist")
 
-        assert triton.asked.count("statistics") > 1
-        assert triton.asked.index("kill mnist/1") == triton.asked.count("statistics")
+        assert triton.told.count("statistics") > 1
+        assert triton.told.index("kill mnist/1") == triton.told.count("statistics")
         assert triton.num_cancelled == 0
 
     async def test_model_that_only_is_slow_is_left_alone(self, triton: LoadedTriton, healing: Any) -> None:
@@ -152,7 +152,7 @@ class TestOfAScriptedTriton:
                 triton.num_executions += 1
                 await triton.until_asked("statistics", times=look)
 
-        assert set(triton.asked) == {"statistics"}
+        assert set(triton.told) == {"statistics"}
         assert len(triton.received) == 1
         assert triton.num_cancelled == 0
 
@@ -162,7 +162,7 @@ class TestOfAScriptedTriton:
             await asyncio.sleep(0.5)  # nothing is to happen, and no event tells of that
 
         assert triton.received == []
-        assert triton.asked == []
+        assert triton.told == []
 
     async def test_failed_load_is_tried_again(self, triton: LoadedTriton, healing: Any) -> None:
         failures = iter(["no such file"])
@@ -188,7 +188,7 @@ class TestOfAScriptedTriton:
             ):
                 await asyncio.wait_for(task, 60)
 
-        assert triton.asked.count("load mnist") == 2
+        assert triton.told.count("load mnist") == 2
 
     async def test_model_beside_one_that_answers_is_never_beyond_healing(
         self, triton: LoadedTriton, healing: Any

@@ -199,10 +199,13 @@ class Peer:
 
 
 @asynccontextmanager
-async def socket_to(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """Give a connection that nothing was said on; it is reset in the end."""
+async def socket_to(
+    address: str, *, source: str | None = None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Give a connection that nothing was said on; it is reset in the end. Comes from ``source``, if that is given."""
     host, _, port = address.rpartition(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
+    local = None if source is None else (source, 0)
+    reader, writer = await asyncio.open_connection(host, int(port), local_addr=local)
     try:
         yield reader, writer
     finally:
@@ -210,9 +213,11 @@ async def socket_to(address: str) -> AsyncIterator[tuple[asyncio.StreamReader, a
 
 
 @asynccontextmanager
-async def peer_of(address: str, settings: Mapping[int, int] | None = None) -> AsyncIterator[Peer]:
-    """Give a connection whose preface and settings were sent."""
-    async with socket_to(address) as (reader, writer):
+async def peer_of(
+    address: str, settings: Mapping[int, int] | None = None, *, source: str | None = None
+) -> AsyncIterator[Peer]:
+    """Give a connection whose preface and settings were sent; ``source`` as of :func:`socket_to`."""
+    async with socket_to(address, source=source) as (reader, writer):
         peer = Peer(reader, writer)
         await peer.send(PREFACE, SettingsFrame(0, dict(settings or {})))
         yield peer

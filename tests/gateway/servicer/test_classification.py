@@ -35,7 +35,11 @@ async def test_large_image_is_decoded_beside_the_loop(stub: Any, digit: NDArray[
         assert response.model == "mnist"
 
 
-async def test_unreadable_image_fails_alone_in_its_batch(stub: Any, triton: FakeTriton) -> None:
+@pytest.mark.parametrize("turn_seconds", [0.0, 60.0], ids=["a turn for each", "a turn for all"])
+async def test_unreadable_image_fails_alone_in_its_batch(
+    stub: Any, triton: FakeTriton, monkeypatch: pytest.MonkeyPatch, turn_seconds: float
+) -> None:
+    monkeypatch.setattr("gateway.servicer._TURN_SECONDS", turn_seconds)
     pixels = np.random.default_rng(1).integers(0, 256, (100, 28, 28), np.uint8)
     images = [picture(one, polarity=pb.POLARITY_LIGHT_ON_DARK) for one in pixels]
     bad = {0: pb.Image(), 40: pb.Image(encoded=b"no"), 99: pb.Image(raw=pb.RawImage(height=1, width=0))}

@@ -17,6 +17,7 @@ from protos.gateway.v1 import image_service_pb2 as pb
 from protos.gateway.v1 import image_service_pb2_grpc
 from tests.gateway.fake_triton import FakeTriton, label_of
 from tests.gateway.servicer.calls import picture, refusal
+from tests.scraping import becomes
 
 
 @pytest.fixture
@@ -68,6 +69,27 @@ async def test_call_beyond_the_bound_is_refused_at_once_with_pushback(
     triton.gate.set()
     assert (await first).prediction.label == label_of(digit)
     assert (await eventually(narrow_stub, request)).prediction.label == label_of(digit)
+
+
+async def test_bytes_of_a_request_count_whatever_they_are(
+    settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    narrow = settings.model_copy(update={"max_in_flight_bytes": 1 << 20, "probe_timeout_seconds": 60.0})
+    request = pb.ClassifyRequest(image=picture(digit))
+    # Field 1000, which this version does not know.
+    request.MergeFromString(b"\xc2\x3e" + b"\x80\x80\x40" + bytes(1 << 20))
+    async with GatewayServer(narrow) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        stub: Any = image_service_pb2_grpc.ImageServiceStub(channel)
+        await becomes(1, gateway.metrics_url, "gateway_serving")
+        triton.gate.clear()
+        large = stub.Classify(request)
+        await triton.arrival_of(digit)
+        code, words = await refusal(stub.Classify(pb.ClassifyRequest(image=picture(digit))))
+        triton.gate.set()
+        await large
+
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "bytes are in flight" in words
 
 
 async def test_cancelled_caller_leaves_its_inference_running_and_its_place_taken(

@@ -68,6 +68,36 @@ async def test_stream_whose_answers_nobody_takes_is_not_read_any_further(
         assert sorted([response.id async for response in call]) == list(range(50))
 
 
+async def test_stream_is_read_no_further_than_its_bytes_have_room(
+    settings: GatewaySettings, triton: FakeTriton
+) -> None:
+    narrow = settings.model_copy(update={"max_in_flight_bytes": 1 << 20, "probe_timeout_seconds": 60.0})
+    large = pb.Image(raw=pb.RawImage(height=500, width=500))
+    async with GatewayServer(narrow) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        stub: Any = image_service_pb2_grpc.ImageServiceStub(channel)
+        await becomes(1, gateway.metrics_url, "gateway_serving")
+        triton.gate.clear()
+        call = stub.ClassifyStream()
+
+        async def send() -> None:
+            for number in range(12):
+                large.raw.pixels = bytes([number]) * (500 * 500)
+                await call.write(streamed(number, large))
+            await call.done_writing()
+
+        sending = asyncio.create_task(send())
+        method = "sluice.gateway.v1.ImageService/ClassifyStream"
+        # Three quarters for who can wait, and one that waits.
+        await becomes(3, gateway.metrics_url, "gateway_images_in_flight")
+        async with asyncio.timeout(5):
+            # A later call is answered after whatever was read before it.
+            await stub.ListModels(pb.ListModelsRequest())
+        assert value(gateway.metrics_url, "gateway_received_bytes_total", method=method) < 5 * 500 * 500
+        triton.gate.set()
+        assert sorted([response.id async for response in call]) == list(range(12))
+        await sending
+
+
 async def test_stream_that_is_cancelled_leaves_no_place_taken(
     gateway: GatewayServer, stub: Any, triton: FakeTriton, digit: NDArray[np.uint8]
 ) -> None:
