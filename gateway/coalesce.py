@@ -417,6 +417,7 @@ class Lane:
         if self._num_busy:
             # An answer that comes too late costs as much as one in time. Beside nothing all are tried, or a model that
             # was slow once would never show that it is no more.
+            answered_at = self._free_from(answered_at)
             answered_at += self._pace.seconds(min(len(self._waiting), self.max_batch_size))
         while len(self._waiting) and len(images) < self.max_batch_size:
             image = self._waiting.pop()
@@ -425,6 +426,15 @@ class Lane:
             else:
                 self._drop(image)
         return images
+
+    def _free_from(self, now: float) -> float:
+        """Return when an instance is expected to be free of what is in flight."""
+        if self._num_busy < self.num_instances:
+            return now
+        per_image, per_batch = self._pace.coefficients()
+        work = (per_image * self._num_sent + per_batch * self._num_busy) / self.num_instances
+        began = min(batch.sent_at for batch in self._batches.values() if batch.num_counted)
+        return max(now, max(began, self._free_at) + work)
 
     def _send(self, images: list[_Image]) -> None:
         now = self._loop.time()

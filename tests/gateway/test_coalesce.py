@@ -269,6 +269,28 @@ async def test_image_that_could_not_be_answered_in_time_is_not_sent_behind_anoth
     assert told(patient) == [2 * 0xF2]
 
 
+@by_the_clock
+async def test_image_is_not_sent_that_would_come_too_late_behind_the_one_before() -> None:
+    line = Line()
+    for number in range(20):
+        line.ask(bytes([number]))
+        await settled()
+        await after(0.1)  # what the model takes for an image
+        line.model.answer()
+        await settled()
+    line.ask(b"\xf0")
+    await settled()
+    await after(0.05)
+    now = asyncio.get_running_loop().time()
+    # Both would be answered 0.25 from now: the one before has half its time to go.
+    hasty = line.ask(b"\xf1", deadline=now + 0.22)
+    line.ask(b"\xf2", deadline=now + 0.28)
+    await settled()
+
+    assert told(hasty) == ["no time was left for the inference"]
+    assert line.model.batches[-1][0] == b"\xf2"
+
+
 async def test_poisoned_image_fails_alone() -> None:
     line = Line()
     asks = [line.ask(pixels) for pixels in (b"\x01", POISON, b"\x02")]
