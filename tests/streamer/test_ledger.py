@@ -179,7 +179,8 @@ def test_killed_process_leaves_the_file_to_its_successor_while_its_workers_live(
         "from streamer.ledger import Ledger\n"
         f"ledger = Ledger({str(tmp_path / 'ledger')!r})\n"
         "worker = os.fork()\n"
-        "print(worker, flush=True)\n"
+        # In one piece, as both write at the same time.
+        "os.write(1, f'{worker}\\n'.encode())\n"
         "sys.stdin.read()\n"
     )
     pipe = subprocess.PIPE
