@@ -52,7 +52,7 @@ async def beyond_capacity(bench: Bench, pictures: Path | None) -> Section:
     goodputs = [Spread.of([each.goodput * size for each in seen]) for seen in arrivals]
     capacities = [turn.rate for turn in turns]
     if pictures is not None:
-        _draw(pictures / "gateway-surge.png", goodputs, capacities)
+        _draw(pictures / "gateway-overload.png", goodputs, capacities)
     lines = _overload_lines(arrivals, goodputs, outcomes, Spread.of(capacities), is_drawn=pictures is not None)
     return Section(lines, turns, capacity.failed)
 
@@ -130,5 +130,5 @@ def _overload_lines(
             else "."
         ),
         "",
-        *(["![images answered in time over arrivals](gateway-surge.png)", ""] if is_drawn else []),
+        *(["![images answered in time over arrivals](gateway-overload.png)", ""] if is_drawn else []),
     ]

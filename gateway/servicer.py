@@ -80,9 +80,9 @@ _DEFAULT_METHOD = pb.SIMILARITY_METHOD_EMBEDDING_COSINE
 # Below both, decoding takes less than the hop to a thread and back, about 0.1 ms.
 _INLINE_BYTES = 64 * 1024
 _INLINE_PIXELS = 128 * 128
-# A batch of raw images below this, about twenty of 28x28, takes less than the hop too.
-_INLINE_BATCH_BYTES = 16 * 1024
-# Images of a batch that share one hop.
+# So long the event loop is held up by the images of a batch.
+_SLICE_SECONDS = 0.0005
+# Large images of a batch that share one hop.
 _CHUNK = 32
 # How long a turn of them takes before others have theirs, or longer by what one image takes.
 _TURN_SECONDS = 0.01
@@ -171,7 +171,7 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         num_bytes = request.ByteSize()
         with self._enter(len(request.images), num_bytes, context, lane) as slot:
             started = time.perf_counter()
-            read = await self._read_all(request.images, model.card, num_bytes, slot.identity)
+            read = await self._read_all(request.images, model.card, slot.identity)
             budget.current().spend("decode", time.perf_counter() - started)
             good = [one for one in read if not isinstance(one, InvalidImageError)]
             rows = iter(await self._ask(model, PROBABILITIES, good, slot, request, context) if good else ())
@@ -376,16 +376,42 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
 
     async def _read_where_it_pays(self, image: pb.Image, card: Card, caller: str) -> Pixels:
         manner = _manner(image, card)
-        if image.ByteSize() > _INLINE_BYTES or may_inflate(image.encoded):
-            # Even a header may hide a long walk.
+        if _is_large(image):
             return await self._decoders.run(lambda: self._open(image).frame(manner), caller)
         picture = self._open(image)
         if picture.num_pixels > _INLINE_PIXELS:
             return await self._decoders.run(partial(picture.frame, manner), caller)
         return picture.frame(manner)
 
-    async def _read_all(
-        self, images: Sequence[pb.Image], card: Card, num_bytes: int, caller: str
+    async def _read_all(self, images: Sequence[pb.Image], card: Card, caller: str) -> list[Pixels | InvalidImageError]:
+        """
+        Read the images of a batch: small ones here, then large ones in threads.
+
+        A thread that decodes small images would hold the interpreter most of the time, and the event loop with it, for
+        milliseconds on end; here others have their turn every half millisecond.
+        """
+        read: list[Pixels | InvalidImageError | None] = [None] * len(images)
+        large = list[int]()
+        until = time.perf_counter() + _SLICE_SECONDS
+        for index, image in enumerate(images):
+            if _is_large(image):
+                large.append(index)
+            else:
+                read[index] = self._read_small_or_refuse(image, card)
+                if read[index] is None:
+                    large.append(index)
+            if time.perf_counter() > until:
+                await asyncio.sleep(0)
+                until = time.perf_counter() + _SLICE_SECONDS
+        starts = range(0, len(large), _CHUNK)
+        parts = [large[start : start + _CHUNK] for start in starts]
+        done = await asyncio.gather(*(self._read_in_turns([images[at] for at in part], card, caller) for part in parts))
+        for index, one in zip(large, chain.from_iterable(done), strict=True):
+            read[index] = one
+        return [one for one in read if one is not None]
+
+    async def _read_in_turns(
+        self, images: Sequence[pb.Image], card: Card, caller: str
     ) -> list[Pixels | InvalidImageError]:
         def read(part: Sequence[pb.Image]) -> list[Pixels | InvalidImageError]:
             until = time.perf_counter() + _TURN_SECONDS
@@ -396,27 +422,26 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
                     break
             return done
 
-        async def read_in_turns(part: Sequence[pb.Image]) -> list[Pixels | InvalidImageError]:
-            done = list[Pixels | InvalidImageError]()
-            while len(done) < len(part):
-                done += await self._decoders.run(partial(read, part[len(done) :]), caller)
-            return done
+        done = list[Pixels | InvalidImageError]()
+        while len(done) < len(images):
+            done += await self._decoders.run(partial(read, images[len(done) :]), caller)
+        return done
 
-        is_raw = all(image.WhichOneof("source") == "raw" for image in images[:_CHUNK])
-        if is_raw and len(images) <= _CHUNK and num_bytes <= _INLINE_BATCH_BYTES:
-            return [self._read_or_refuse(image, card) for image in images]
-        starts = range(0, len(images), _CHUNK)
-        chunks = await asyncio.gather(*(read_in_turns(images[start : start + _CHUNK]) for start in starts))
-        return list(chain.from_iterable(chunks))
+    def _read_small_or_refuse(self, image: pb.Image, card: Card) -> Pixels | InvalidImageError | None:
+        """Return None where there are more pixels in it than its few bytes suggest."""
+        try:
+            manner = _manner(image, card)
+            picture = self._open(image)
+            return None if picture.num_pixels > _INLINE_PIXELS else picture.frame(manner)
+        except InvalidImageError as error:
+            return _let_go(error)
 
     def _read_or_refuse(self, image: pb.Image, card: Card) -> Pixels | InvalidImageError:
         try:
             manner = _manner(image, card)
             return self._open(image).frame(manner)
         except InvalidImageError as error:
-            # Without its traceback, whose frames would keep the image in a circle until the garbage collector comes.
-            error.__cause__ = error.__context__ = None
-            return error.with_traceback(None)
+            return _let_go(error)
 
     def _open(self, image: pb.Image) -> Picture:
         match image.WhichOneof("source"):
@@ -432,6 +457,17 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
                     limits=self._limits,
                 )
         raise InvalidImageError("", "missing; give encoded or raw")
+
+
+def _is_large(image: pb.Image) -> bool:
+    """Tell whether an image is read in a thread, header and all: even a header may hide a long walk."""
+    return image.ByteSize() > _INLINE_BYTES or may_inflate(image.encoded)
+
+
+def _let_go(error: InvalidImageError) -> InvalidImageError:
+    """Return it without its traceback, whose frames would keep the image until the garbage collector comes."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 async def _abort(context: Context, error: GatewayError) -> NoReturn:
