@@ -75,7 +75,7 @@ async def kill_every_second(replicas: list[Streamer], count: int, killed_at: lis
     """Kill one of them every second, and start it again at once; the one in turn is passed over if it is not back."""
     choice, starting = random.Random(8), dict[Streamer, asyncio.Task[None]]()
     while len(killed_at) < count:
-        await asyncio.sleep(1)
+        await asyncio.sleep(1)  # the fault's own pace
         well = [each for each in replicas if each not in starting or starting[each].done()]
         if len(well) < 2:
             continue
@@ -97,8 +97,7 @@ async def test_one_of_three_killed_every_second(
     reader, num_epochs = Reader(addresses, ledger, window_bytes=8 * 1024**2, range_bytes=4 * 1024**2), 0
     while not killing.done():
         async for _ in reader.batches(replace(PLAN, epoch=num_epochs)):
-            # A step of training, so that an epoch takes seconds.
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # a step of training, so that an epoch takes seconds
         num_epochs += 1
     await killing
 

@@ -65,8 +65,7 @@ async def test_one_of_three_paused_is_not_waited_for(
 async def test_one_of_three_paused_for_10_seconds(replicas: list[Streamer], ledger: Path, waits: Waits) -> None:
     reader, resumed = Reader([each.address for each in replicas], ledger), asyncio.Event()
     async for _ in reader.batches():
-        # A step of training: the epoch takes longer than the pause.
-        await asyncio.sleep(0.06)
+        await asyncio.sleep(0.06)  # a step of training, so that the epoch takes longer than the pause
         if reader.num_received == 10:
             replicas[0].send(signal.SIGSTOP)
             paused = time.monotonic()

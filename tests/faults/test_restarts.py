@@ -29,7 +29,7 @@ async def test_streamers_started_seconds_after_the_reader(
         each.kill()
     reader = Reader(addresses, ledger)
     reading = asyncio.create_task(reader.read(plan))
-    await asyncio.sleep(2)
+    await asyncio.sleep(2)  # so long nobody is there, which is the fault
     await replicas[0].start()
     serving_at = time.monotonic()
     for each in replicas[1:count]:

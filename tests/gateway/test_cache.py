@@ -1,12 +1,15 @@
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 
 from gateway.cache import RowCache
 from gateway.client import ImageClient
 from gateway.server import GatewayServer
 from gateway.settings import GatewaySettings
 from imaging.decoding import Pixels
+from tests.gateway.coalescing.line import Line, settled, told
 from tests.gateway.fake_triton import FakeTriton, label_of
-from tests.gateway.test_coalesce import Line, settled, told
 
 ROW = np.array([1.0], np.float32)
 
@@ -68,31 +71,43 @@ async def test_failure_is_not_kept() -> None:
     line.model.answer()
 
 
-async def test_version_published_anew_under_its_number_is_asked_anew(
-    settings: GatewaySettings, triton: FakeTriton, digit: Pixels
-) -> None:
+@pytest.fixture
+def publish(settings: GatewaySettings) -> Callable[[str], None]:
+    """Write the card of version 1, which tells the digest of its weights."""
     card = settings.model_repository / "mnist" / "1" / "card.json"
     card.parent.mkdir(parents=True)
-    card.write_text('{"digest": "sha256:aa"}')
-    keeping = settings.model_copy(update={"cache_rows": 8})
+
+    def write(digest: str) -> None:
+        card.write_text(f'{{"digest": "sha256:{digest}"}}')
+
+    write("aa")
+    return write
+
+
+@pytest.fixture
+def keeping(settings: GatewaySettings) -> GatewaySettings:
+    """With a cache."""
+    return settings.model_copy(update={"cache_rows": 8})
+
+
+async def test_version_published_anew_under_its_number_is_asked_anew(
+    keeping: GatewaySettings, publish: Callable[[str], None], triton: FakeTriton, digit: Pixels
+) -> None:
     async with GatewayServer(keeping) as gateway, ImageClient(gateway.address) as client:
         await client.wait_ready()
         for _ in range(2):
             assert (await client.classify(digit)).label == label_of(digit)
-        card.write_text('{"digest": "sha256:bb"}')
+        publish("bb")
         await client.models()
         triton.answer = lambda images: np.eye(10, dtype=np.float32)[[9] * len(images)]
         assert (await client.classify(digit)).label == 9
     assert sum(images.any() for images in triton.received) == 2
 
 
+@pytest.mark.usefixtures("publish")
 async def test_version_that_was_unloaded_is_asked_anew_when_it_is_back(
-    settings: GatewaySettings, triton: FakeTriton, digit: Pixels
+    keeping: GatewaySettings, triton: FakeTriton, digit: Pixels
 ) -> None:
-    card = settings.model_repository / "mnist" / "1" / "card.json"
-    card.parent.mkdir(parents=True)
-    card.write_text('{"digest": "sha256:aa"}')
-    keeping = settings.model_copy(update={"cache_rows": 8})
     async with GatewayServer(keeping) as gateway, ImageClient(gateway.address) as client:
         await client.wait_ready()
         await client.classify(digit)

@@ -12,7 +12,7 @@ from gateway.lanes import Lanes
 from gateway.models import Card, ServedModel, ServedVersion
 from gateway.routing import Split
 from gateway.triton import EMBEDDING, PROBABILITIES, Output
-from tests.gateway.test_coalesce import Room, settled
+from tests.gateway.coalescing.line import Room, settled
 
 DIED = UpstreamUnavailableError("it died")
 

@@ -18,8 +18,8 @@ from gateway.models import Catalog
 from gateway.servicer import ImageServicer
 from gateway.triton import ReadyVersion
 from protos.gateway.v1 import image_service_pb2 as pb
+from tests.gateway.coalescing.line import settled
 from tests.gateway.servicer.calls import picture
-from tests.gateway.test_coalesce import settled
 from tests.gateway.test_lanes import Rig
 from tests.gateway.test_models import ScriptedSource
 
