@@ -1,10 +1,11 @@
 """Threads that decode images; callers who wait for one take turns, whatever each of them sends."""
 
 import asyncio
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from gateway.turns import Turns
 
 Result = TypeVar("Result")
 
@@ -21,8 +22,7 @@ class Decoders:
 
     def __init__(self, num_threads: int) -> None:
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._num_free = num_threads
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._turns = Turns(num_threads)
 
     async def run(self, work: Callable[[], Result], caller: str) -> Result:
         """
@@ -34,10 +34,7 @@ class Decoders:
             work: Done in a thread.
             caller: Whose it is.
         """
-        if self._num_free:
-            self._num_free -= 1
-        else:
-            await self._turn(caller)
+        await self._turns.take(caller, 1)
         working = asyncio.get_running_loop().run_in_executor(self._threads, work)
         working.add_done_callback(self._ended)
         return await asyncio.shield(working)
@@ -46,32 +43,8 @@ class Decoders:
         """Begin nothing any more; what has begun is not waited for."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _turn(self, caller: str) -> None:
-        """Wait for a thread, which is then the caller's."""
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(caller, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if not turn.cancelled():
-                # It came as the caller left.
-                self._pass_on()
-            raise
-
     def _ended(self, working: asyncio.Future[Any]) -> None:
         if not working.cancelled():
             # Marks the error as seen: whoever waited may have left.
             working.exception()
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        """Give a thread to who is next."""
-        while self._waiting:
-            caller, turns = self._waiting.popitem(last=False)
-            turn = turns.popleft()
-            if turns:
-                self._waiting[caller] = turns
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._num_free += 1
+        self._turns.give_back(1)

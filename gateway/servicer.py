@@ -90,8 +90,7 @@ _TURN_SECONDS = 0.01
 _ROOM_SECONDS = 10.0
 
 
-# A version went away and the caller did not ask for that one: the next best answers. Twice, as the first look may have
-# been on its way already when the version went.
+# A version went away and the caller did not ask for that one: the next best answers. Twice, as that may go as well.
 _REPLACEMENTS = 2
 
 

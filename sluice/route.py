@@ -19,8 +19,6 @@ from training.release import versions
 
 _CANARY = re.compile(r"([1-9][0-9]*)=([0-9]+(?:\.[0-9]+)?)(%?)")
 _ASK_SECONDS = 5.0
-# A gateway looks at the file whenever it is asked what it serves; the first look may have been on its way already.
-_LOOKS = 3
 
 Report = Callable[[str], None]
 
@@ -145,10 +143,8 @@ async def _followed(options: RouteOptions, route: Route | None) -> str:
     """Return what became of it at the gateway."""
     done = f"{options.model}: " + (_words(route) if route is not None else "the highest version that is ready answers")
     try:
-        for _ in range(_LOOKS):
-            model = (await _ask(options)).get(options.model or "")
-            if model is not None and split(route, model.versions).default == model.default_version:
-                break
+        # A gateway that is asked what it serves looks at the file first.
+        model = (await _ask(options)).get(options.model or "")
     except ClientError:
         if options.server is not None:
             raise

@@ -51,25 +51,11 @@ async def test_work_of_a_caller_who_left_is_not_done(decoders: Decoders, hold: E
     await asyncio.wait((running, waiting))
     last = begun(decoders, lambda: done.append("last"), "b")
     await asyncio.sleep(0)
-    assert "b" in decoders._waiting  # the thread is busy, whoever waits for it
+    assert not last.done()  # the thread is busy, whoever waits for it
     hold.set()
     await last
 
     assert done == ["last"]
-
-
-async def test_turn_that_came_as_its_caller_left_goes_to_the_next(decoders: Decoders, hold: Event) -> None:
-    running = begun(decoders, hold.wait, "a")
-    leaving, following = begun(decoders, int, "b"), begun(decoders, int, "c")
-    await asyncio.sleep(0)
-    decoders._pass_on()  # as if the thread were free now
-    leaving.cancel()
-    await asyncio.wait((leaving,))
-
-    assert not decoders._waiting
-    hold.set()
-    assert await following == 0
-    await running
 
 
 async def test_work_that_fails_fails_its_caller_and_the_next_goes_on(decoders: Decoders) -> None:
