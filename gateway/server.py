@@ -32,6 +32,7 @@ from gateway.scopes import NEEDS
 from gateway.servicer import ImageServicer
 from gateway.settings import GatewaySettings
 from protos.gateway.v1 import image_service_pb2, image_service_pb2_grpc
+from rpc import precedence
 from rpc.access import Access, has_scope, identity
 from rpc.address import is_loopback, joined
 from rpc.health import MAX_WATCHERS, Health
@@ -295,6 +296,7 @@ async def serve(settings: GatewaySettings, *, on_ready: Callable[[str], None] | 
 
 async def run(gateway: GatewayServer, *, grace_seconds: float, on_ready: Callable[[str], None] | None = None) -> None:
     """Run a gateway that listens as :func:`serve` does, which raises ServerDiedError where it cannot go on."""
+    precedence.take()
     if on_ready is not None:
         on_ready(gateway.address)
     await run_until_signalled(

@@ -22,6 +22,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
+from imaging.plain_png import PlainPng
 from imaging.structure import TooManyPartsError, check_parts
 
 Pixels = NDArray[np.uint8]
@@ -80,13 +81,17 @@ class ImageFile:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
+        self._plain = PlainPng.found(data)
+        if self._plain is not None:
+            self.width, self.height = self._plain.width, self._plain.height
+            """In pixels, before it is turned upright."""
+            return
         try:
             check_parts(data)
         except TooManyPartsError as error:
             raise UndecodableError(str(error)) from error
         self._image = open_header(BytesIO(data))
         self.width, self.height = self._image.size
-        """In pixels, before it is turned upright."""
 
     def planes(self) -> Planes:
         """
@@ -95,6 +100,11 @@ class ImageFile:
         Raises:
             UndecodableError: Truncated, damaged, or in a colour mode that has no grey.
         """
+        if self._plain is not None:
+            pixels = self._plain.pixels()
+            if pixels is not None:
+                return pixels, None
+            self._image = open_header(BytesIO(self._data))
         image = self._image
         # Parsers of hostile bytes raise anything, from KeyError to zlib.error, and it all means the same.
         try:
