@@ -34,7 +34,7 @@ class Admission:
         max_images: The same.
         max_bytes: The same.
         num_admitted: Images let in so far.
-        num_refused: Images refused so far, by :data:`REASONS`.
+        num_refused: Images refused so far, by :data:`REASONS`; one for each request that was not read.
     """
 
     def __init__(self, max_images: int, max_bytes: int) -> None:
@@ -62,11 +62,22 @@ class Admission:
         self, num_images: int, *, num_bytes: int = 0, identity: str = "",
         remaining_seconds: float | None = None, expected_seconds: float = 0.0,
     ) -> "Slot":  # fmt: skip
+        """Admit a call, or refuse it; never waits. Arguments and errors as of :meth:`require`."""
+        self.require(
+            num_images, num_bytes=num_bytes, identity=identity,
+            remaining_seconds=remaining_seconds, expected_seconds=expected_seconds,
+        )  # fmt: skip
+        return self._admit(num_images, num_bytes, identity)
+
+    def require(
+        self, num_images: int, *, num_bytes: int = 0, identity: str = "",
+        remaining_seconds: float | None = None, expected_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
         """
-        Admit a call, or refuse it; never waits.
+        Refuse a call that could not be admitted now.
 
         Args:
-            num_images: That it brings.
+            num_images: That it brings, or at least brings.
             num_bytes: That they take.
             identity: Who calls.
             remaining_seconds: Until the caller stops waiting; None is never.
@@ -82,7 +93,6 @@ class Admission:
                 "deadline", num_images, f"an answer would take {expected_seconds:.3g} s and the deadline is in "
                 f"{max(remaining_seconds, 0):.3g} s", retry_seconds=expected_seconds,
             )  # fmt: skip
-        return self._admit(num_images, num_bytes, identity)
 
     async def enter_in_turn(
         self, num_images: int, *, num_bytes: int = 0, identity: str = "", timeout_seconds: float

@@ -1,6 +1,7 @@
 """The lanes of one gateway: one for each output of each version that is asked for."""
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
@@ -52,6 +53,7 @@ class Lanes:
         self._traces = traces
         self._on_batch = on_batch
         self._lanes: dict[_Key, Lane] = {}
+        self._served: dict[_Key, ServedVersion] = {}
         # Of versions that went while work for them was under way.
         self._leaving: list[tuple[_Key, Lane]] = []
         # Sums of what lanes that are gone have counted.
@@ -68,6 +70,17 @@ class Lanes:
             lane = self._lanes[key] = self._open(version, output)
         return lane
 
+    def least_expected_seconds(self, output: Output, identity: str) -> float:
+        """Return how soon one image of a caller could be answered by whatever gives this output; 0 is at once."""
+        least = math.inf
+        for key in self._served:
+            if key[3] == output.name:
+                lane = self._lanes.get(key)
+                least = min(least, lane.expected_seconds(1, identity) if lane is not None else 0.0)
+                if not least:
+                    return 0.0
+        return least if least < math.inf else 0.0
+
     def fail_waiting(self, model: str, version: int, error: GatewayError) -> None:
         """Answer all that wait for a version, and have not left yet, with an error."""
         for key, lane in self._all():
@@ -80,7 +93,7 @@ class Lanes:
 
         Who asks for such a version later gets another lane, which knows nothing of the answers and the pace of before.
         """
-        served = {
+        self._served = served = {
             _key(version, output): version
             for model in models
             for version in model.versions

@@ -12,7 +12,7 @@ from typing import Any, Self
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from PIL import Image
 from tritonclient.grpc import service_pb2_grpc
 
@@ -40,6 +40,7 @@ from rpc.interceptor import ALL_OTHERS, MAX_UNASKED, Guard
 from rpc.keys import Keyring
 from rpc.lag import LagWatch
 from rpc.lifecycle import bind, run_until_signalled
+from rpc.registration import ByName
 from rpc.settings import SettingsError
 from rpc.shares import Shares
 from rpc.telemetry import Endpoint
@@ -230,12 +231,14 @@ class GatewayServer:
             on_upstream_error=on_upstream_error,
             on_answer=self.metrics.count_answer,
         )
-        image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, server)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(passing, server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        reflection.enable_server_reflection(
-            (SERVICE, passthrough.SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME), server
-        )
+        for method in ("Classify", "ClassifyBatch"):
+            self.guard.add_gate(f"/{SERVICE}/{method}", servicer.turn_away)
+        by_name: Any = ByName(server)
+        image_service_pb2_grpc.add_ImageServiceServicer_to_server(servicer, by_name)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(passing, by_name)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, by_name)
+        told = (SERVICE, passthrough.SERVICE, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(told), by_name)
 
     def _listen(self, stack: AsyncExitStack) -> grpc.aio.Server:
         settings = self._settings
@@ -256,6 +259,7 @@ class GatewayServer:
             idle_seconds=settings.stream_idle_seconds or None,
             request_seconds=settings.request_seconds,
             pause_seconds=settings.stream_idle_seconds or None,
+            has_certificates=self._credentials is not None,
             rooms=rooms,
         )
         server = grpc.aio.server(

@@ -90,17 +90,16 @@ _TURN_SECONDS = 0.01
 _ROOM_SECONDS = 10.0
 
 
-# A version went away and the caller did not ask for that one: the next best answers. Twice, as that may go as well.
-_REPLACEMENTS = 2
-
-
 def _answering(
     method: Callable[[Any, Request, Context], Awaitable[Response]],
 ) -> Callable[[Any, Request, Context], Awaitable[Response]]:
     @wraps(method)
     async def answered(self: Any, request: Request, context: Context) -> Response:
         try:
-            response: Response = await self._whatever_is_replaced(partial(method, self, request, context))
+            try:
+                response = await method(self, request, context)
+            except ReplacedError:
+                response = await self._ask_again(partial(method, self, request, context))
         except GatewayError as error:
             await _abort(context, error)
         if isinstance(response, Answer):
@@ -151,6 +150,19 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self._stream_window = stream_window
         self._on_upstream_error = on_upstream_error
         self._on_answer = on_answer
+
+    async def turn_away(self, context: Context) -> None:
+        """End a call for classes whose request was not read yet, where whatever it may hold would be refused."""
+        caller = identity(context)
+        try:
+            self._admission.require(
+                1,
+                identity=caller,
+                remaining_seconds=context.time_remaining(),
+                expected_seconds=self._lanes.least_expected_seconds(PROBABILITIES, caller),
+            )
+        except OverloadedError as error:
+            await _abort(context, error)
 
     @_answering
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
@@ -260,7 +272,10 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         self, slot: Slot, context: Context, request: pb.ClassifyStreamRequest
     ) -> pb.ClassifyStreamResponse:
         try:
-            response = await self._whatever_is_replaced(partial(self._classify, request.request, context, slot))
+            try:
+                response = await self._classify(request.request, context, slot)
+            except ReplacedError:
+                response = await self._ask_again(partial(self._classify, request.request, context, slot))
         except GatewayError as error:
             return _failure_streamed(error, request)
         self._on_answer(response.model, response.model_version)
@@ -285,12 +300,17 @@ class ImageServicer(image_service_pb2_grpc.ImageServiceServicer):
         top = _top(row, num_top, model)
         return pb.ClassifyResponse(prediction=top[0], top=top, model=model.name, model_version=model.version)
 
-    async def _whatever_is_replaced(self, ask: Callable[[], Awaitable[Response]]) -> Response:
-        for _ in range(_REPLACEMENTS):
-            try:
-                return await ask()
-            except ReplacedError:
-                await self._catalog.refresh()
+    async def _ask_again(self, ask: Callable[[], Awaitable[Response]]) -> Response:
+        """
+        Ask for what is there now: the version chosen for the caller went away, and the next best answers.
+
+        Twice, as that may go as well.
+        """
+        await self._catalog.refresh()
+        try:
+            return await ask()
+        except ReplacedError:
+            await self._catalog.refresh()
         return await ask()
 
     def _lane(self, model: ServedVersion, output: Output) -> Lane:

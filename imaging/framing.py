@@ -22,6 +22,8 @@ SIDE = 28
 _BOX = 20
 # Grey levels between ground and ink below which there is only paper texture: 6 % of the range.
 _MIN_CONTRAST = 16
+# Up to here going through all pixels takes less time than the calls that go through them.
+_FEW_PIXELS = 64 * 64
 # Share of the contrast above which a pixel is ink. Chosen on MNIST's test images, enlarged, saved as JPEG and
 # with noise added: lower takes JPEG's ringing for ink, higher cuts the soft edge of clean strokes.
 _INK_SHARE = 0.1
@@ -144,6 +146,11 @@ def _border(pixels: Pixels) -> Pixels:
 
 def _is_ink_dark(grey: Pixels) -> bool | None:
     """``None``: one grey, no ink."""
+    if grey.size <= _FEW_PIXELS:
+        # Most that come are small and on black already, which bytes tell in a fifth of the time.
+        width, data = grey.shape[1], grey.tobytes()
+        if not (data[:width] + data[-width:] + data[::width] + data[width - 1 :: width]).strip(b"\0"):
+            return False if data.strip(b"\0") else None
     low, high = int(grey.min()), int(grey.max())
     if low == high:
         return None

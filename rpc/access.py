@@ -148,24 +148,30 @@ def has_scope(scope: str) -> bool:
     return scopes is None or scope in scopes
 
 
-def identity(context: Context) -> str:
+def identity(context: Context, *, peer: str = "") -> str:
     """
     Return who calls, from within a handler: for shares and logs, the same over all connections of a caller.
 
     It is ``key:NAME`` of the API key, else ``certificate:SUBJECT`` of the client's certificate, else
     ``address:HOST``, without the port.
+
+    Args:
+        context: Of the call.
+        peer: What gRPC calls the peer, given where it is known to show no certificate, which is asked for otherwise.
     """
     known = _identity.get()
     if not known:
-        known = _found_identity(context)
+        known = _found_identity(context, peer)
         _identity.set(known)
     return known
 
 
-def _found_identity(context: Context) -> str:
+def _found_identity(context: Context, peer: str) -> str:
     name = _key_name.get()
     if name:
         return f"key:{name}"
+    if peer:
+        return f"address:{_host(peer)}"
     for subject in context.auth_context().get("x509_subject", ()):
         return f"certificate:{subject.decode(errors='replace')}"
     return f"address:{_host(context.peer())}"

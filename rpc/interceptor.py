@@ -29,6 +29,7 @@ log = structlog.get_logger(__name__)
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
+    Gate = Callable[[Context], Awaitable[None]]
     Parse = Callable[[bytes], Any]
 
 MAX_UNASKED = 128
@@ -76,6 +77,7 @@ class Guard(grpc.aio.ServerInterceptor):
         idle_seconds: How long a message may wait to be taken; None is without end.
         request_seconds: How long a request may take to come; None is without end.
         pause_seconds: How long a stream may bring no further request; None is without end.
+        has_certificates: Whether callers may show certificates; looking for one takes its time for each call.
         rooms: How many calls there may be, by ``/package.Service/Method``, or by ``/package.Service/`` for the rest
             of a service, or by :data:`ALL_OTHERS`; what is in none is not bounded.
     """
@@ -90,17 +92,20 @@ class Guard(grpc.aio.ServerInterceptor):
         idle_seconds: float | None = None,
         request_seconds: float | None = None,
         pause_seconds: float | None = None,
+        has_certificates: bool = True,
         rooms: Mapping[str, Shares] | None = None,
     ) -> None:
         self._metrics = metrics or {}
         self._access = access
         self._tracer = tracer
         self._parsers = parsers or {}
+        self._gates: dict[str, Gate] = {}
         self._idle_seconds = idle_seconds
         self._request_seconds = request_seconds
         # By room: calls of one kind that are silent hurry no others.
         self._unasked: dict[Shares | None, _Silence | None] = {}
         self._pausing = _Silence(pause_seconds) if pause_seconds is not None else None
+        self._has_certificates = has_certificates
         self._rooms = rooms or {}
         self._running = _Running()
         # As many as there are methods.
@@ -126,6 +131,16 @@ class Guard(grpc.aio.ServerInterceptor):
                 return _refusing(method, self._metrics.get(method), self._access, refusal, self._running)
         return guarded
 
+    def add_gate(self, method: str, gate: Gate) -> None:
+        """
+        Let something end calls before their request is read, which spares what reading it costs.
+
+        Args:
+            method: ``/package.Service/Method``, before its first call.
+            gate: Ends a call by aborting its context, in the task that handles it.
+        """
+        self._gates[method] = gate
+
     async def wait_idle(self) -> None:
         """Wait until no handler runs."""
         await self._running.none.wait()
@@ -142,9 +157,11 @@ class Guard(grpc.aio.ServerInterceptor):
             access=self._access,
             tracer=self._tracer,
             parser=self._parsers.get(method),
+            gate=self._gates.get(method),
             idle_seconds=self._idle_seconds,
             unasked=self._unasked[room],
             pausing=self._pausing,
+            has_certificates=self._has_certificates,
             room=room,
         )
 
@@ -158,9 +175,11 @@ class _Rules:
     access: Access | None = None
     tracer: Tracer | None = None
     parser: Parse | None = None
+    gate: Gate | None = None
     idle_seconds: float | None = None
     unasked: _Silence | None = None
     pausing: _Silence | None = None
+    has_certificates: bool = True
     room: Shares | None = None
 
 
@@ -455,7 +474,7 @@ class _Call:
         # Asked for now: a cancelled stream is closed after its call is freed, and asking then crashes (grpc 1.85).
         self._peer = context.peer()
         self._metadata = context.invocation_metadata()
-        self.caller = identity(context)
+        self.caller = identity(context, peer="" if rules.has_certificates else self._peer)
         key = key_name()
         self._key = {"key": key} if key else {}
         self._budget: Budget | None = None
@@ -468,10 +487,13 @@ class _Call:
             rules.metrics.begin()
 
     async def enter(self) -> None:
-        """Take a place in the method's room, or end the call, which raises."""
-        room = self._rules.room
-        if room is None:
-            return
+        """Take a place in the method's room and pass its gate, or end the call, which raises."""
+        if self._rules.room is not None:
+            await self._take_place(self._rules.room)
+        if self._rules.gate is not None:
+            await self._rules.gate(self._context)
+
+    async def _take_place(self, room: Shares) -> None:
         if room.lack(self.caller, 1):
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             words = f"overloaded: {room.refuse(self.caller, 1, 'calls')}; try again later"

@@ -114,6 +114,22 @@ async def test_instance_that_comes_takes_what_waits_next(rig: Rig) -> None:
     assert rig.model.sizes == [1, 1]
 
 
+async def test_nobody_is_expected_to_wait_while_any_version_is_idle(rig: Rig) -> None:
+    rig.lanes.keep(served(version(2), version(1)))
+    for _ in range(2):
+        await rig.ask(version(2)).future
+    rig.model.gate.clear()
+    slow = rig.ask(version(2), b"y")
+    await settled()
+
+    assert rig.lanes.least_expected_seconds(PROBABILITIES, "somebody") == 0
+    rig.lanes.keep(served(version(2)))
+    assert rig.lanes.least_expected_seconds(PROBABILITIES, "somebody") > 0
+    assert rig.lanes.least_expected_seconds(EMBEDDING, "somebody") == 0
+    rig.model.gate.set()
+    await slow.future
+
+
 async def test_kept_answers_are_forgotten_when_their_version_goes(rig: Rig) -> None:
     assert [await rig.label(version()) for _ in range(2)] == [0, 0]
     rig.lanes.keep(served())

@@ -71,6 +71,25 @@ async def test_call_beyond_the_bound_is_refused_at_once_with_pushback(
     assert (await eventually(narrow_stub, request)).prediction.label == label_of(digit)
 
 
+async def test_what_is_refused_anyway_is_refused_before_its_request_is_read(
+    settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8]
+) -> None:
+    narrow = settings.model_copy(update={"max_in_flight": 1, "max_batch_images": 1})
+    async with GatewayServer(narrow) as gateway, grpc.aio.insecure_channel(gateway.address) as channel:
+        triton.gate.clear()
+        first = image_service_pb2_grpc.ImageServiceStub(channel).Classify(pb.ClassifyRequest(image=picture(digit)))
+        await triton.arrival_of(digit)
+
+        without_request = channel.stream_unary("/sluice.gateway.v1.ImageService/ClassifyBatch")()
+        with pytest.raises(grpc.aio.AioRpcError, match="1 images are in flight") as refused:
+            await without_request
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert 10 <= int(pushback(refused.value)) <= 5000
+
+        triton.gate.set()
+        await first
+
+
 async def test_bytes_of_a_request_count_whatever_they_are(
     settings: GatewaySettings, triton: FakeTriton, digit: NDArray[np.uint8]
 ) -> None:
