@@ -42,6 +42,8 @@ class Load:
     headers: Sequence[str] = GRPC_HEADERS
     is_http1: bool = False
     """HTTP/1.1 in place of HTTP/2."""
+    rate: float | None = None
+    """Calls a second, whatever the answers do while there are callers left; None sends the next for each answer."""
 
     @property
     def callers(self) -> int:
@@ -119,6 +121,7 @@ async def run(load: Load, *, calls: int, timeout_seconds: float) -> Report:
         *(PROGRAM, "-n", str(calls), "-c", str(connections), "-m", str(load.streams), "-d", str(load.body)),
         *(word for header in load.headers for word in ("-H", header)),
         *(["--h1"] if load.is_http1 else []),
+        *([f"--rps={load.rate / connections:.3f}"] if load.rate is not None else []),
         f"http://{load.address}{load.path}",
     ]
     process = await asyncio.create_subprocess_exec(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import curves, frames, report, surge
+from benchmarks import curves, frames, report, sending, surge
 from benchmarks.bench import Bench, Section
 from benchmarks.interleaved import Spread
 from benchmarks.report import met
@@ -29,6 +29,9 @@ async def beyond_capacity(bench: Bench, pictures: Path | None) -> Section:
     np.save(images, chosen_NHW)
     message = frames.classify_batch(chosen_NHW[:size], is_png=False)
     capacity = await bench.sending("capacity", bench.front.address, frames.CLASSIFY_BATCH, message, callers=_CALLERS)
+    body = bench.served.folder / "overload.bin"
+    body.write_bytes(frames.framed(message))
+    answer_bytes = await sending.answer_bytes(bench.front.address, frames.CLASSIFY_BATCH, message)
     outcomes: list[surge.Outcome] = []
     turns: list[Turn] = []
     for number in range(1, bench.pace.rounds + 1):
@@ -37,6 +40,8 @@ async def beyond_capacity(bench: Bench, pictures: Path | None) -> Section:
         outcome = await surge.run(
             surge.Order(
                 address=bench.front.address,
+                body=str(body),
+                answer_bytes=answer_bytes,
                 images=str(images),
                 rates=[rate * factor for factor in FACTORS],
                 # What waits when they begin is gone, and what waits then is as long as the deadline lets it be.
@@ -96,7 +101,7 @@ def _overload_lines(
     header = (
         *("arrivals, times capacity", "images/s in time, median", "lowest", "highest", "of peak"),
         *("refused", "after ms, median", "late or failed", "p99 of the admitted, ms"),
-        *("sent late, p99 ms", "load generator busy"),
+        *("sent late, p99 ms", "asyncio client busy"),
     )
     refusals = [each.refused_median * 1000 for seen in arrivals[-2:] for each in seen if each.refused]
     slowest = max(statistics.median(each.admitted_p99 for each in seen) for seen in arrivals)
@@ -109,8 +114,10 @@ def _overload_lines(
         "",
         f"ClassifyBatch of {surge.BATCH_SIZE} images as pixels, arriving at a fixed rate whatever the answers do "
         f"(open loop), each with {surge.DEADLINE_SECONDS:g} s to be answered in. Capacity, asked by "
-        f"{math.prod(_CALLERS)} callers who wait: {capacity.median * surge.BATCH_SIZE:,.0f} images/s. Load "
-        "generator, gateway and Triton share the cores; times count from when a call was due.",
+        f"{math.prod(_CALLERS)} callers who wait: {capacity.median * surge.BATCH_SIZE:,.0f} images/s. The calls are "
+        "h2load's, which tells how many were answered; up to 25 a second among them come from an asyncio client and "
+        "tell, in all other columns, how they fared. Load generators, gateway and Triton share the cores; times count "
+        "from when a call was due.",
         "",
         report.table(header, rows),
         "",

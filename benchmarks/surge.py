@@ -1,12 +1,15 @@
 """
 More calls than can be served: open-loop arrivals at several rates, and how soon all is well after the highest.
 
-The load test's own parts send, in a process of their own: ``python -m benchmarks.surge ORDER``, which prints what
-came of each rate. Calls are batches, as one caller has to send ten times what the gateway can serve.
+A crowd comes from h2load, which takes little of the cores that it shares with what it asks, and tells how much was
+answered. Among it are callers of the load test's own, a few each second, who see how they fare: whether they are
+refused, and after what time. In a process of their own: ``python -m benchmarks.surge ORDER``, which prints what came of
+each rate. Calls are batches: ten times as many single images as can be served are more than one connection carries.
 """
 
 import asyncio
 import json
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -16,6 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import h2load
+from benchmarks.frames import CLASSIFY_BATCH
+from benchmarks.h2load import GRPC_HEADERS, Load, Report
 from loadtest.arrivals import OpenLoop
 from loadtest.caller import Caller
 from loadtest.images import Sample
@@ -32,6 +38,11 @@ _PAUSE_SECONDS = 1.5
 _SLICE_SECONDS = 0.25
 _SLICES = 4
 _SLOWER = 2.0
+# Callers of our own a second, and the most of all calls that they are.
+_WITNESSES, _WITNESSES_SHARE = 25.0, 0.5
+# Connections of the crowd, and calls in flight on each: more than are admitted in a second.
+_CONNECTIONS, _STREAMS = 8, 256
+_CROWD_SECONDS = 120.0
 _ROOT = Path(__file__).parent.parent
 
 
@@ -44,6 +55,10 @@ class Order:
     """What the process is to do."""
 
     address: str
+    body: str
+    """File with what each of the crowd sends, framed for gRPC."""
+    answer_bytes: int
+    """Of the answer to it."""
     images: str
     """File of :func:`numpy.save`, uint8 [N, 28, 28]."""
     rates: Sequence[float]
@@ -57,7 +72,11 @@ class Order:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """What came of one rate; times in seconds, from when a call was due."""
+    """
+    What came of one rate; times in seconds, from when a call was due.
+
+    All but the goodput is of the callers of our own.
+    """
 
     rate: float
     due: int
@@ -68,7 +87,7 @@ class Arrivals:
     failed: int
     """Anything else."""
     goodput: float
-    """Calls a second that were answered in time."""
+    """Calls a second that were answered in time, those of the crowd among them."""
     median: float
     admitted_p99: float
     refused_median: float
@@ -145,8 +164,8 @@ def settled(calls: Sequence[Call], *, normal_seconds: float) -> float | None:
     return None
 
 
-def arrivals_of(tally: Tally, *, rate: float, seconds: float, busy: float) -> Arrivals:
-    """Return what a tally of calls that were due within so many seconds comes to."""
+def arrivals_of(tally: Tally, *, rate: float, seconds: float, busy: float, crowd_goodput: float = 0.0) -> Arrivals:
+    """Return what a tally of calls that were due within so many seconds comes to, beside a crowd's goodput."""
     answered, refused, expired = tally.succeeded, tally.codes[_REFUSED], tally.codes[DEADLINE_EXCEEDED]
     refusals = tally.latencies.get(_REFUSED)
     return Arrivals(
@@ -156,7 +175,7 @@ def arrivals_of(tally: Tally, *, rate: float, seconds: float, busy: float) -> Ar
         refused=refused,
         expired=expired,
         failed=tally.count - answered - refused - expired,
-        goodput=answered / seconds,
+        goodput=crowd_goodput + answered / seconds,
         median=tally.succeeded_latencies.at(50),
         admitted_p99=_admitted_at(tally, 99),
         refused_median=refusals.at(50) if refusals else 0.0,
@@ -192,32 +211,42 @@ async def _send(order: Order) -> Outcome:
         await caller.start()
         arrivals: list[Arrivals] = []
         for rate in order.rates[:-1]:
-            runner = _runner(caller, order, rate)
-            await runner.run()
-            arrivals.append(_arrivals(runner, order, rate))
+            arrivals.append(await _arrivals(caller, order, rate))
             await asyncio.sleep(_PAUSE_SECONDS)
-        highest = _runner(caller, order, order.rates[-1])
-        burst = asyncio.create_task(highest.run())
+        highest = asyncio.create_task(_arrivals(caller, order, order.rates[-1]))
         # Not until its last call is answered: whoever comes next does not wait for that either.
         await asyncio.sleep(order.warm_seconds + order.seconds)
         calls = await _calls_after(caller, order)
-        await burst
-        arrivals.append(_arrivals(highest, order, order.rates[-1]))
+        arrivals.append(await highest)
     return Outcome(arrivals=arrivals, recovered_seconds=settled(calls, normal_seconds=arrivals[0].median))
 
 
-def _runner(caller: Caller, order: Order, rate: float) -> Runner:
-    return Runner(
+async def _arrivals(caller: Caller, order: Order, rate: float) -> Arrivals:
+    witnesses = min(_WITNESSES, _WITNESSES_SHARE * rate)
+    runner = Runner(
         caller.ask,
-        OpenLoop(rate=rate, max_outstanding=_MOST_OUTSTANDING),
+        OpenLoop(rate=witnesses, max_outstanding=_MOST_OUTSTANDING),
         warm_up_seconds=order.warm_seconds,
         duration_seconds=order.seconds,
         timeout_seconds=DEADLINE_SECONDS,
     )
+    crowd, _ = await asyncio.gather(_crowd(order, rate - witnesses), runner.run())
+    goodput = crowd.answers(order.answer_bytes) / crowd.seconds
+    return arrivals_of(runner.measured, rate=rate, seconds=order.seconds, busy=runner.loop_share, crowd_goodput=goodput)
 
 
-def _arrivals(runner: Runner, order: Order, rate: float) -> Arrivals:
-    return arrivals_of(runner.measured, rate=rate, seconds=order.seconds, busy=runner.loop_share)
+async def _crowd(order: Order, rate: float) -> Report:
+    load = Load(
+        address=order.address,
+        path=CLASSIFY_BATCH,
+        body=Path(order.body),
+        connections=_CONNECTIONS,
+        streams=_STREAMS,
+        headers=(*GRPC_HEADERS, f"grpc-timeout: {round(DEADLINE_SECONDS * 1000)}m"),
+        rate=rate,
+    )
+    calls = math.ceil(rate * (order.warm_seconds + order.seconds))
+    return await h2load.run(load, calls=calls, timeout_seconds=_CROWD_SECONDS)
 
 
 async def _calls_after(caller: Caller, order: Order) -> Sequence[Call]:
