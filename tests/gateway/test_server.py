@@ -39,6 +39,15 @@ async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:
     }
 
 
+async def test_next_call_is_waited_for_once_and_not_for_each_method(settings: GatewaySettings) -> None:
+    before = asyncio.all_tasks()
+    async with GatewayServer(settings):
+        await asyncio.sleep(0)
+        tasks = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks() - before]
+
+    assert [name for name in tasks if "_request_registered_call" in name] == []
+
+
 async def test_taken_port_is_named_with_the_option(gateway: GatewayServer, settings: GatewaySettings) -> None:
     port = int(gateway.address.rpartition(":")[2])
     with pytest.raises(PortTakenError, match=f"{gateway.address}.*--port or SLUICE_GATEWAY_PORT"):

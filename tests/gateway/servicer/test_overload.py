@@ -80,7 +80,7 @@ async def test_what_is_refused_anyway_is_refused_before_its_request_is_read(
         first = image_service_pb2_grpc.ImageServiceStub(channel).Classify(pb.ClassifyRequest(image=picture(digit)))
         await triton.arrival_of(digit)
 
-        without_request = channel.stream_unary("/sluice.gateway.v1.ImageService/ClassifyBatch")()
+        without_request: Any = channel.stream_unary("/sluice.gateway.v1.ImageService/ClassifyBatch")()
         with pytest.raises(grpc.aio.AioRpcError, match="1 images are in flight") as refused:
             await without_request
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
